@@ -1,4 +1,4 @@
-"""Why a model fails inside a plate of draws, in words."""
+"""Explanations of why a model fails inside a plate of draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro_maf.infer.models.plates import nesting_of
 __all__ = ["why_alone"]
 
 DRAWS = 7
-"""Number of draws of the trial: unlikely to equal any size of a model."""
+"""Number of draws in the trial, unlikely to equal any size in a model."""
 SHOWN = 2
 """Maximum number of latent sites whose shapes are shown."""
 LONGEST = 120
@@ -22,7 +22,7 @@ LONGEST = 120
 
 @torch.no_grad()
 def why_alone(call: Call, guide: Guide, drawn: Trace, single: Trace) -> str:
-    """Describe the failure of a model that is run for several draws of its guide at once, and name the site.
+    """Describe how a model fails when it is run for several draws of its guide at once, and name the site.
 
     Args:
         call: The model with its arguments.
@@ -31,7 +31,7 @@ def why_alone(call: Call, guide: Guide, drawn: Trace, single: Trace) -> str:
 
     Returns:
         A clause such as "with 7 draws at once site y has batch shape (7, 1, 20), expected (7, 20)"; "" if nothing
-        fails, as for a density that is NaN in any case.
+        fails, for instance if the density is NaN in any case.
     """
     trial = _Trial(single, max(nesting_of(single), nesting_of(drawn)))
     try:
@@ -72,7 +72,7 @@ class _Trial(Messenger):
         )
 
     def wrong_density(self, call: Call, many: Trace) -> str:
-        """Name the sites whose log-density differs between all draws together and the first of them alone."""
+        """Name the sites whose log-density of the first draw differs between a run for all draws and one for it."""
         sites = sample_sites(many)
         alone = call.conditioned(
             {name: _first(sites[name]["value"]).reshape(self._latents[name]) for name in self._latents}
@@ -89,7 +89,7 @@ class _Trial(Messenger):
         return f"{subject} another density than for each draw alone{self._shapes()}"
 
     def raised(self, error: Exception) -> str:
-        """Say which error the model raised, and before which site."""
+        """Describe the error that the model raised, and before which site."""
         sites = (name for name, site in self._single.items() if hasattr(site["fn"], "batch_shape"))
         name = next((name for name in sites if name not in self._values), None)
         before = f" before site {name}, whose batch shape should be {tuple(self._expected(name))}" if name else ""
@@ -102,7 +102,7 @@ class _Trial(Messenger):
         return torch.Size([DRAWS, *[1] * (self.nesting - len(alone)), *alone])
 
     def _shapes(self) -> str:
-        """Format the shapes of the last latent sites of the run, together and alone, in brackets."""
+        """Format the shapes of the last latent sites of the run, for all draws and for one, in brackets."""
         shapes = [
             f"there {name} has shape {tuple(self._values[name])}, alone {tuple(shape)}"
             for name, shape in self._latents.items()
@@ -112,7 +112,7 @@ class _Trial(Messenger):
 
 
 def _first(draws: Tensor) -> Tensor:
-    """Return the first of several draws, which may be one for all."""
+    """Return the first of several draws, which may be a single one for all."""
     return draws.expand(DRAWS, *draws.shape[1:])[0]
 
 

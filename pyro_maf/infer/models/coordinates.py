@@ -1,23 +1,23 @@
 r"""Coordinates of latent sites whose prior has a location or scale that depends on other latent sites.
 
-In a hierarchy v ~ Normal(loc, scale), with loc and scale latent, the posterior of v is a funnel where data say little
-about v, and that of (v - loc) / scale is one where they say much. Data that are normal given v, of a share d in the
-precision of v at a usual scale_0, leave v with a normal posterior given loc and scale: with r = (scale / scale_0)^2,
+In a hierarchy v ~ Normal(loc, scale), with loc and scale latent, the posterior of v is a funnel if the data say little
+about v, and that of (v - loc) / scale is one if they say much. Data that are normal given v, and that contribute a
+fraction d of the precision of v at a usual scale_0, leave v with a normal posterior given loc and scale: with
+r = (scale / scale_0)^2,
 
     variance (relative) V = r / (1 - d + d r),   mean M = loc_0 + (1 - d) / (1 - d + d r) (loc - loc_0) + V b,
 
-where b is what the data add to loc_0 at loc_0 and scale_0. Coordinates are c = loc_0 + b + (v - M) / V^(1/2): v for
-d = 1, (v - loc) / scale in fixed units for d = 0 and b = 0, and v for every d at loc = loc_0 and scale = scale_0. Of a
-hierarchy with normal data they do not depend on loc and scale at all.
+where b is the shift of the mean due to the data at loc_0 and scale_0. The coordinates are
+c = loc_0 + b + (v - M) / V^(1/2): v for d = 1, (v - loc) / scale in fixed units for d = 0 and b = 0, and v for every d
+at loc = loc_0 and scale = scale_0. In a hierarchy with normal data they do not depend on loc and scale at all.
 
-Where the scale is a triangular matrix L, as of a Gaussian process whose kernel has latent parameters, data of a
-precision P that put v at y, with q = P y, leave a normal of covariance L S^-1 L^T where S = 1 + L^T P L. With the upper
-triangular W of S = W W^T the coordinates are c in
+If the scale is a triangular matrix L, as for a Gaussian process whose kernel has latent parameters, data with precision
+P that put v at y, with q = P y, leave a normal with covariance L S^-1 L^T, where S = 1 + L^T P L. With the upper
+triangular W of S = W W^T, the coordinates are c in
 
     v = loc + T T^T (q - P loc) + T c,   T = L W^-T,
 
-a standard normal in the posterior given loc and L, and (v - loc) / L where data say nothing.
-
+standard normal in the posterior given loc and L, and (v - loc) / L if the data say nothing.
 Reference: Gorinova, Moore & Hoffman, *Automatic reparameterisation of probabilistic programs*, 2020; Papaspiliopoulos,
 Roberts & Skold, *A general framework for the parametrization of hierarchical models*, 2007.
 """
@@ -46,13 +46,13 @@ from pyro_maf.infer.models.supports import entry_map, within_reach
 __all__ = ["Coordinates", "coordinates_of"]
 
 DEGREE = 0.5
-"""Degree of centring before anything is known of the posterior."""
+"""Initial degree of centring, before anything is known about the posterior."""
 LOST = 0.1
-"""Relative error of a residual by rounding at which the prior's density is corrected."""
+"""Relative rounding error of a residual from which on the prior's density is corrected."""
 FARTHEST = 1e9
 """Maximum correction, in nats."""
 SPREAD, POINTS = 0.1, 3
-"""Spread of latent variables in the trial of a map, and the number of their vectors."""
+"""Spread of latent variables in the trial of a map, and number of trial vectors."""
 TOLERANCE = 1e-3
 """Maximum error of a map and its inverse in the trial, relative and absolute."""
 
@@ -67,16 +67,16 @@ class _Map(NamedTuple):
     scale: Scale
 
     def log_slope(self, like: Tensor) -> Tensor:
-        """log |dv/dc| by entry, in the shape of a tensor."""
+        """log |dv/dc| by entry, in the shape of `like`."""
         return self.slope.diagonal.log().expand(like.shape)
 
 
 class Coordinates(nn.Module):
     r"""The map between coordinates c, (\*batch, D), and the values of all latent sites, in one run of the prior.
 
-    Sites are mapped in the order of the model, each with the location and scale that the model computes from the sites
-    before it: the map is triangular, and its log-determinant the sum of (1 - d) log(scale / scale_0) over the entries
-    of the sites with a degree, besides those of the maps to supports.
+    Sites are mapped in the order of the model, each with the location and scale that the model computes from the
+    preceding sites. So the map is triangular, and its log-determinant is the sum of (1 - d) log(scale / scale_0) over
+    the entries of the sites with a degree of centring, plus those of the maps to supports.
 
     Args:
         latents: The layout of the latent vector.
@@ -85,14 +85,15 @@ class Coordinates(nn.Module):
         moving: The sites whose supports depend on other sites; each is mapped to its support in the run.
 
     Attributes:
-        degree: The degree of centring of each of their entries: trained with the guide, unless it is set by the data's
-            precision, from which the noise of training would take it away.
-        loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization; of a matrix scale_0 is the diagonal.
-        shift: b of each, likewise; of matrices q.
-        precision: The matrices P, one after another; zero before anything is known of the posterior.
+        degree: The degree of centring of each entry of these sites. It is trained with the guide, unless it is set from
+            the data's precision, which the noise of training would only disturb.
+        loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization; for a matrix, scale_0 is the
+            diagonal.
+        shift: b of each, likewise; for matrices q.
+        precision: The concatenated matrices P; zero before anything is known about the posterior.
         normal: Names of sites whose coordinates are normal given all others.
         moving: As in the arguments.
-        way: How the model is run for many draws, one of `WAYS`; by default they are batch dimensions.
+        way: How the model is run for many draws, one of `WAYS`; by default draws are batch dimensions.
     """
 
     degree: Tensor
@@ -123,11 +124,11 @@ class Coordinates(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """The sites with a degree of centring, or a support that moves."""
+        """The sites with a degree of centring, or with a support that moves."""
         return [*self._slices, *self.moving]
 
     def batched(self) -> Coordinates:
-        """Return a copy for a model that takes draws as batch dimensions, whatever that of the original takes."""
+        """Return a copy for a model that takes draws as batch dimensions, whatever the original uses."""
         twin = copy.deepcopy(self)
         twin.way = WAYS[0]
         return twin
@@ -135,8 +136,8 @@ class Coordinates(nn.Module):
     def images(self, latents: Latents, coordinates: Tensor, call: Call, *, strict: bool = False) -> Images:
         r"""Map coordinates, in the shape that `Latents.split` takes, to the values of all sites.
 
-        For a draw at which the model raises, as of a covariance that is singular by rounding, sites from there on have
-        their usual location and scale; with `strict`, its error is raised.
+        If the model raises at a draw, for instance because a covariance is numerically singular, sites from there on
+        get their usual location and scale; with `strict`, the error is raised.
         """
 
         def outward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -168,12 +169,12 @@ class Coordinates(nn.Module):
 
     @torch.no_grad()
     def centre(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> Tensor:
-        """Take location and scale at these values of all sites as the usual ones; return the coordinates, (D,)."""
+        """Set the usual location and scale to those at these values of all sites; return the coordinates, (D,)."""
         self.settle(self.priors(latents, {name: value[None] for name, value in values.items()}, call))
         return self.of_values(latents, values, call)[0].reshape(latents.size)
 
     def priors(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> dict[str, LocationScale]:
-        r"""Location and scale at draws of all sites, (draws, \*site), of the sites with a degree."""
+        r"""Location and scale of the sites with a degree, at draws of all sites, (draws, \*site)."""
         shapes = {name: (latents.parts[name].shape, latents.parts[name].shape) for name in self._slices}
         shapes |= {name: (shape, shape + shape[-1:]) for name, (shape, _) in shapes.items() if name in self._squares}
         found: set[str] = set()
@@ -197,7 +198,7 @@ class Coordinates(nn.Module):
         }
 
     def settle(self, priors: Mapping[str, LocationScale]) -> None:
-        """Take the mean location and scale of draws as the usual ones."""
+        """Set the usual location and scale to their means over draws."""
         for name, (loc, scale) in priors.items():
             self.loc[self._slices[name]] = loc.mean(0).flatten()
             self.log_scale[self._slices[name]] = scale.diagonal.log().mean(0).flatten()
@@ -207,14 +208,14 @@ class Coordinates(nn.Module):
         return self._map(part, prior).slope
 
     def fix(self, name: str, pull: Tensor, value: Tensor, share: Tensor) -> None:
-        """Set the degree of a site, for good, by what its data say.
+        """Fix the degree of a site from its data.
 
         Args:
             name: The site.
             pull: Gradient of the data's log-density with respect to the site's v, (*site), averaged over draws.
-            value: v of the site, likewise.
-            share: Precision of the data about each entry, in units of the prior's at the usual scale, (*site); of a
-                site with a matrix their precision P, (*site, n).
+            value: v of the site, averaged likewise.
+            share: Precision of the data about each entry, in units of the prior's at the usual scale, (*site); for a
+                site with a matrix, the data's precision P, (*site, n).
         """
         if isinstance(self.degree, nn.Parameter):
             self.register_buffer("degree", self._parameters.pop("degree").detach())  # type: ignore[union-attr]
@@ -232,7 +233,7 @@ class Coordinates(nn.Module):
         self.shift[place] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(self.shift)
 
     def _outward(self, part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
-        """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site that is as it is."""
+        """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site that is not transformed."""
         if part.site["name"] in self.moving:
             transform = entry_map(part.site["fn"] if fn is None else fn)
             inside = within_reach(transform, piece)
@@ -259,7 +260,7 @@ class Coordinates(nn.Module):
         return site.origin + site.slope.solve(entries - site.loc - site.away), site.log_slope(entries)
 
     def _map(self, part: Part, prior: LocationScale | None) -> _Map:
-        """The map of a site with a degree at this location and scale; at the usual ones for None, as of no family."""
+        """The map of a site with a degree at this location and scale; at the usual ones if `prior` is None."""
         name = part.site["name"]
         place = self._slices[name]
         degree, usual, log_unit = (each[place].reshape(part.shape) for each in (self.degree, self.loc, self.log_scale))
@@ -268,7 +269,7 @@ class Coordinates(nn.Module):
             prior = LocationScale(usual, Scale(unit.diag_embed() if is_matrix else unit, is_matrix))
         loc, scale = prior
         if is_matrix:
-            # Products do not promote by themselves.
+            # Matrix products do not promote dtypes.
             dtype = torch.promote_types(scale.tensor.dtype, self.precision.dtype)
             precision = self.precision[self._squares[name]].reshape(part.shape + part.shape[-1:]).to(dtype)
             slope = _posterior_scale(scale.tensor.to(dtype), precision)
@@ -283,20 +284,20 @@ class Coordinates(nn.Module):
 
 
 def _posterior_scale(scale: Tensor, precision: Tensor) -> Scale:
-    """T, triangular, of the covariance T T^T that data of a precision leave of a prior's L L^T."""
+    """Triangular T of the posterior covariance T T^T, from a prior's L L^T and data with a precision."""
     within = scale.mT @ precision @ scale
     within = within + torch.eye(within.shape[-1]).to(within)
-    # The factor W is upper triangular: that of the last entry first, and back.
+    # The factor W is upper triangular: the Cholesky factor of the reversed matrix, reversed.
     last_first, failed = torch.linalg.cholesky_ex(within.flip(-2, -1))
     last_first = last_first.where((failed == 0)[..., None, None], torch.nan)
     return Scale(torch.linalg.solve_triangular(last_first.flip(-2, -1), scale.mT, upper=True).mT, True)
 
 
 def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tensor) -> Tensor | float:
-    """Log-density that a prior does not lose where rounding removes the residual from loc + residual, as a normal's.
+    """Correction of the prior's log-density where rounding removes the residual from loc + residual, as for a normal.
 
-    Without it, scales far below the location's last digit had a bound without limit: the prior is 1 / scale there,
-    however many scales the residual has.
+    Without it, scales far below the location's last digit would have an unlimited bound: the prior is 1 / scale there,
+    however many scales the residual is.
     """
     rounded = entries - loc
     lost = (rounded - residual).abs() > LOST * residual.abs()
@@ -308,12 +309,11 @@ def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tens
 
 
 def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coordinates | None:
-    """Return the coordinates for sites whose prior's location or scale depends on other latent sites, if there are any.
+    """Return coordinates for sites whose prior's location or scale depends on other latent sites, if there are any.
 
-    Also for those whose supports do, which are `moving`.
-
-    They are left as they are where rows have vectors of their own, and in a model that has to be run for each draw, or
-    whose prior depends on random numbers that are no part of the vector. A model that does not broadcast is mapped.
+    They also cover sites whose supports do, listed in `moving`. There are none if rows have separate vectors, in a
+    model that has to be run for each draw, or whose prior depends on random numbers that are not part of the vector. A
+    model that does not broadcast is run under `vmap`.
 
     Cost: a run of the model up to its last latent site if there are no such sites.
     """
@@ -326,8 +326,8 @@ def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coo
         if not found and not moving:
             return None
         coordinates = Coordinates(latents, list(found), correlated, moving)
-        # Where a prior says nothing, as a gamma distribution of shape 0.001, its median overflows. Scales e^v are tried
-        # where a 1 beside their squares is not lost to rounding.
+        # For a prior that says nothing, such as a gamma distribution of shape 0.001, the median overflows. Scales e^v
+        # are tried at which a 1 added to their squares is not lost to rounding.
         centre = latents.initial()
         most = math.log(TOLERANCE / torch.finfo(centre.dtype).eps) / 2
         bounded = centre.clamp(-most, most)
@@ -365,7 +365,7 @@ def _dependent(call: Call, latents: Latents) -> dict[str, bool]:
 
 
 def _reaches(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """True if a tensor was computed from one of the leaves."""
+    """Return whether a tensor was computed from one of the leaves."""
     if not (tensor.requires_grad and leaves):
         return False
     found = torch.autograd.grad(tensor.sum(), leaves, retain_graph=True, allow_unused=True)
@@ -374,7 +374,7 @@ def _reaches(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def _is_sound(coordinates: Coordinates, latents: Latents, call: Call, like: Tensor) -> bool:
-    """Test that a run for several vectors is that for each of them, whatever the random numbers, and has an inverse."""
+    """Return whether a run for several vectors agrees with single runs, for any random numbers, and can be inverted."""
     with seeded(0, like.device):
         points = like + SPREAD * torch.randn(POINTS, *(1,) * latents.nesting, len(like)).to(like)
     with seeded(1, like.device):

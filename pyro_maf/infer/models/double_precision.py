@@ -1,4 +1,4 @@
-"""Evaluation of a model in float64 though its data and parameters are float32."""
+"""Evaluation of a model in float64 although its data and parameters are float32."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Score = Callable[[Tensor], Tensor]
 Numbers = TypeVar("Numbers")
 
 CLOSE = 1e-2
-"""Maximum difference between log-densities in float64 and in float32, in nats by dimension and relative."""
+"""Maximum difference between log-densities in float64 and in float32, in nats per dimension and relative."""
 
 
 LAST_DIGITS, RESOLVED = 8, 1e-3
-"""A change of numbers, in rounding errors, and the relative change of a log-density, of a nat at least, that it may
-cause."""
+"""A change of numbers, in rounding errors, and the relative change of a log-density that it may cause, at least a
+nat."""
 FAR = 10.0
-"""Nats above the median from which on the weight of a draw stands out."""
+"""Difference from the median, in nats, beyond which the weight of a draw stands out."""
 
 
 def nudged(numbers: Tensor) -> Tensor:
@@ -36,38 +36,38 @@ def nudged(numbers: Tensor) -> Tensor:
 
 
 def is_resolved(values: Tensor, again: Tensor) -> Tensor:
-    """Test if log-densities, (rows,), are close to those of nudged numbers; boolean.
+    """Test whether log-densities, (rows,), are close to those of nudged numbers; boolean.
 
-    Where a covariance is singular but for rounding, they may be anything, such as a million nats.
+    If a covariance is numerically singular, they may differ by anything, such as a million nats.
     """
     return (again - values).abs() <= (RESOLVED * values.abs()).clamp(min=1.0)
 
 
 def stand_out(log_weights: Tensor) -> bool:
-    """True if some log weights are so far above the others that they are looked at again: they may be rounding."""
+    """Return whether some log weights are so far above the others that they may be due to rounding."""
     return bool((log_weights > log_weights.nan_to_num(nan=-torch.inf).median() + FAR).any())
 
 
 def scored(score: Callable[[Numbers], Tensor], numbers: Numbers, log_q: Tensor) -> Tensor:
-    """Return log-densities of draws, (rows,), in nats: minus infinity where rounding alone makes weights stand out.
+    """Return log-densities of draws, (rows,), in nats; minus infinity where only rounding makes weights stand out.
 
     Args:
-        score: Log-density of draws, of which all numbers are tensors.
+        score: Log-density of draws whose numbers are all tensors.
         numbers: The draws.
-        log_q: Their log-density in the guide, (rows,).
+        log_q: Their log-density under the guide, (rows,).
     """
     values = score(numbers)
     if stand_out(values - log_q):
-        for _ in range(2):  # as rounding may repeat itself once
+        for _ in range(2):  # rounding may reproduce the same value once
             numbers = cast("Numbers", tree_map(nudged, numbers))
             again = score(numbers)
-            # Nudged off its support, as a simplex whose sum is no longer 1, a draw tells nothing.
+            # A draw nudged off its support, such as a simplex whose sum is no longer 1, is not informative.
             values = values.where(is_resolved(values, again) | ~again.isfinite(), -torch.inf)
     return values
 
 
 class _Promoting(TorchFunctionMode):
-    """Type promotion of mixed products, as of sums: float32 times float64 is float64, matrix products included."""
+    """Type promotion in products as in sums: float32 times float64 is float64, including matrix products."""
 
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -79,7 +79,7 @@ class _Promoting(TorchFunctionMode):
 
 
 def _dtypes(values: Iterable[object]) -> set[torch.dtype]:
-    """Dtypes of the tensors among the arguments of an operation, and in lists of them: torch's own walk is slow."""
+    """Dtypes of the tensors among an operation's arguments, including lists of them; torch's own traversal is slow."""
     found = set()
     for value in values:
         if isinstance(value, Tensor):
@@ -94,7 +94,7 @@ def _promoted(tensor: Tensor) -> Tensor:
 
 
 def _writes(func: Callable[..., object], kwargs: Kwargs) -> bool:
-    """True if a function writes into one of its arguments; written into a float64 copy, that would be lost."""
+    """Return whether a function writes into one of its arguments; in a float64 copy, that would be lost."""
     name = getattr(func, "__name__", "")
     return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
 
@@ -108,7 +108,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def promoted(score: Callable[[Numbers], Tensor]) -> Callable[[Numbers], Tensor]:
-    """Return a function that computes in float64 all that float64 numbers enter."""
+    """Return a function that computes everything that depends on float64 numbers in float64."""
 
     def double(numbers: Numbers) -> Tensor:
         with _Promoting():
@@ -118,13 +118,13 @@ def promoted(score: Callable[[Numbers], Tensor]) -> Callable[[Numbers], Tensor]:
 
 
 def in_double(score: Score, loc: Tensor) -> Score | None:
-    """Return the log-density for latent vectors in float64, or None if the model cannot be run so.
+    """Return the log-density for latent vectors in float64, or None if the model does not support it.
 
     Data and parameters of the model stay float32; everything computed from them and the latents is float64.
 
     Args:
         score: Log-density of latent vectors in the dtype of `loc`.
-        loc: The point at which both are compared, (D,).
+        loc: The point at which the two are compared, (D,).
     """
     wide = widened(loc)
     if loc.dtype == torch.float64 or wide.device != loc.device:

@@ -20,26 +20,26 @@ Weigh = Callable[[Iterable[Frame]], Tensor | float]
 
 
 def total_by_draw(parts: Sequence[Tensor], plates: tuple[int, ...]) -> Tensor:
-    """Sum log-densities over all plates but the first, to (plates[0],)."""
+    """Sum log-densities over all plates but the first, to shape (plates[0],)."""
     parts = [part.reshape(part.shape[max(0, part.dim() - len(plates)) :]) for part in parts]
     parts = [part.expand(torch.broadcast_shapes(part.shape, plates)) for part in parts]
     return torch.stack([part.reshape(plates[0], -1).sum(1) for part in parts]).sum(0)
 
 
 def is_enumerated(site: Site) -> bool:
-    """True if a latent site is to be enumerated in parallel, as by `TraceEnum_ELBO`."""
+    """Return whether a latent site is to be enumerated in parallel, as by `TraceEnum_ELBO`."""
     infer = site["infer"] or {}
     return infer.get("enumerate") == "parallel" and not infer.get("num_samples") and site["fn"].has_enumerate_support
 
 
 def log_densities(trace: Trace, weigh: Weigh = lambda frames: 1.0) -> list[Tensor]:
-    r"""Return log-densities in nats that sum to that of a trace, in the shapes of plates, discrete sites summed out.
+    r"""Return log-densities in nats that sum to the trace's, in the shapes of plates, with discrete sites summed out.
 
-    There is one for each site, and one for each set of sites that depend on the same enumerated ones: the logarithm of
-    the sum, over all their values, of the product of densities, by tensor variable elimination.
+    There is one for each site, and one for each set of sites that depend on the same enumerated sites: the logarithm of
+    the sum, over all values of these, of the product of densities, by tensor variable elimination.
 
     Args:
-        trace: A trace whose log-probabilities are computed, of a run under `pyro.poutine.enum` or without it.
+        trace: A trace with log-probabilities, of a run with or without `pyro.poutine.enum`.
         weigh: Weights by the plates around a site, in addition to Pyro's scales.
 
     Raises:
@@ -68,7 +68,7 @@ def log_densities(trace: Trace, weigh: Weigh = lambda frames: 1.0) -> list[Tenso
 
 
 def _is_summed_out(site: Site) -> bool:
-    """True if a site of a trace is enumerated in it."""
+    """Return whether a site is enumerated in its trace."""
     return "_enumerate_dim" in (site["infer"] or {})
 
 

@@ -1,9 +1,9 @@
-"""Fusion of a recorded program's operations on single numbers of a draw: one call in place of thousands.
+"""Fusion of a recorded program's scalar operations for each draw: one call instead of thousands.
 
-A model that steps through time, as a recursion of variances or a differential equation, computes with one number of
-each draw at a time, and so does its gradient. Such an operation takes torch some microseconds, of which the arithmetic
-is a hundredth. Here they are rows of a table that a kernel walks through, with a register of all draws for each number.
-Stacking numbers and taking them apart is done in advance, by the same operations on the addresses of numbers.
+A model that steps through time, such as a recursion of variances or a differential equation, computes with one number
+per draw at a time, and so does its gradient. Such an operation takes torch some microseconds, a hundredth of which is
+arithmetic. Here operations are rows of a table that a kernel processes, with a register of all draws for each number.
+Stacking numbers and splitting tensors is done in advance, by the same operations on the addresses of numbers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["compiled", "note_shape"]
 
 aten = torch.ops.aten
 LEAST, LEAST_OF_RUN = 200, 16
-"""Minimum number of operations worth fusing, and of those in one call of the kernel."""
+"""Minimum number of operations worth fusing, and of operations in one call of the kernel."""
 MOST, MOST_LOADED = 16, 4_096
-"""Maximum number of numbers of a draw that an operation is fused for, and of those that are loaded together."""
+"""Maximum number of numbers per draw for which an operation is fused, and of numbers that are loaded together."""
 OVERLOADS = ("default", "self", "Tensor", "Scalar", "Tensor_Scalar", "Tensor_Tensor", "int", "dim", "dim_IntList")
 RENAMED = {"rsub": "sub", "clamp_min": "maximum", "clamp_max": "minimum", "logical_and": "mul", "logical_or": "maximum"}
-"""Operations that are written as others; conditions are 0 and 1."""
+"""Operations that are expressed by others; conditions are 0 and 1."""
 CONDITIONS = ("le", "lt", "ge", "gt", "logical_and", "logical_or")
 TAKES = ("select", "slice", "getitem")
 """Operations that return a part of a tensor."""
@@ -38,20 +38,20 @@ MOVES = (*TAKES, *VIEWS, "stack", "cat", "select_backward", "slice_backward", "e
 
 
 def note_shape(node: fx.Node, tensor: Tensor) -> None:
-    """Note the shape and dtype of a node's result, by which `compiled` sees what can be fused."""
+    """Record the shape and dtype of a node's result, from which `compiled` decides what can be fused."""
     node.meta["shape"], node.meta["dtype"] = tensor.shape, tensor.dtype
 
 
 def compiled(graph: fx.Graph, argument: Tensor, constants: Mapping[fx.Node, Tensor]) -> fx.GraphModule:
-    """Compile a graph; operations on single numbers of a draw are fused, if there are many.
+    """Compile a graph, fusing operations on single numbers of a draw if there are many.
 
     Args:
-        graph: A graph whose nodes have been noted by `note_shape`; those with `meta["is_ordered"]` read or change what
-            others change, and stay in their order.
-        argument: An argument of the function that it is of, (draws, D).
+        graph: A graph whose nodes were recorded by `note_shape`; those with `meta["is_ordered"]` read or change memory
+            that others change, and keep their order.
+        argument: An argument of the recorded function, (draws, D).
         constants: Values of its constants.
     """
-    strided = any(node.target is aten.as_strided.default for node in graph.nodes)  # by the strides of the recorded run
+    strided = any(node.target is aten.as_strided.default for node in graph.nodes)  # uses the recorded strides
     if strided or len(graph.nodes) < LEAST or argument.device.type != "cpu" or len(argument) == 1 or kernels() is None:
         return fx.GraphModule({}, graph)
     draws = _Draws(len(argument), argument.dtype)
@@ -72,7 +72,7 @@ def compiled(graph: fx.Graph, argument: Tensor, constants: Mapping[fx.Node, Tens
 
 
 def _fused(arithmetic: Set[fx.Node], moves: Sequence[fx.Node]) -> set[fx.Node]:
-    """Arithmetic, the parts of tensors that it takes, and the tensors that its results are put together to."""
+    """Arithmetic, the parts of tensors that it uses, and the tensors that its results are combined into."""
     fused = set(arithmetic)
     for node in reversed(moves):
         if _name(node) in TAKES and any(user in fused for user in node.users):
@@ -84,9 +84,9 @@ def _fused(arithmetic: Set[fx.Node], moves: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _runs(graph: fx.Graph, fused: Set[fx.Node]) -> dict[fx.Node, int]:
-    """The run that a fused operation is in, and for others the last one that they need; -1 for none."""
+    """The run that contains a fused operation; for other operations the last run that they need; -1 for none."""
     runs: dict[fx.Node, int] = {}
-    last = -1  # of those that stay in their order
+    last = -1  # run of the operations that keep their order
     for node in graph.nodes:
         inputs = _inputs(node) if node in fused else node.all_input_nodes
         needs = [runs[each] + (node in fused and each not in fused) for each in inputs]
@@ -109,12 +109,12 @@ def _first(node: fx.Node) -> fx.Node:
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
-    """The tensors that an operation depends on; of a part of an unbound tensor, that."""
+    """The tensors that an operation depends on; for a part of an unbound tensor, that tensor."""
     return _first(node).all_input_nodes if _name(node) == "getitem" else node.all_input_nodes
 
 
 def _moved(node: fx.Node, numbers: Mapping[fx.Node, Tensor]) -> Tensor:
-    """The result of an operation that moves numbers, for these numbers in place of its inputs."""
+    """The result of an operation that moves numbers, applied to these numbers instead of its inputs."""
     if _name(node) == "getitem":
         dim = cast("tuple[int, ...]", _first(node).args[1:])
         return numbers[_first(_first(node))].unbind(*dim)[cast("int", node.args[1])]
@@ -131,15 +131,15 @@ class _Block(NamedTuple):
 
     @property
     def registers(self) -> range:
-        """Their numbers."""
+        """Numbers of the registers."""
         return range(self.first, self.first + torch.Size(self.shape).numel() // self.shape[-self.place])
 
     def of(self, registers: Tensor) -> Tensor:
-        """View these of all registers, (registers, draws), as the tensor."""
+        """View these registers among all, (registers, draws), as the tensor."""
         return self._shaped(registers[self.first : self.registers.stop])
 
     def addresses(self) -> Tensor:
-        """Place of each of the tensor's numbers among those of all registers."""
+        """Address of each of the tensor's numbers among those of all registers."""
         draws = self.shape[-self.place]
         return self._shaped(torch.arange(self.first * draws, self.registers.stop * draws))
 
@@ -150,20 +150,20 @@ class _Block(NamedTuple):
 
 
 class _Draws(NamedTuple):
-    """Number of draws, and dtype of their numbers: what can be fused."""
+    """Number of draws, and dtype of their numbers, which determine what can be fused."""
 
     number: int
     dtype: torch.dtype
 
     def place(self, node: fx.Node) -> int:
-        """Place of a tensor's dimension of draws, the last being 1; 0 if there is none, or another one of that size."""
+        """Position of a tensor's draw dimension, counted from the right; 0 if there is none, or it is ambiguous."""
         if node.meta.get("dtype") not in (self.dtype, torch.bool):
             return 0
         shape = list(node.meta["shape"])
         return len(shape) - shape.index(self.number) if shape.count(self.number) == 1 else 0
 
     def compute(self, node: fx.Node) -> bool:
-        """True if an operation is arithmetic on at most 16 numbers of a draw."""
+        """Return whether an operation is arithmetic on at most 16 numbers per draw."""
         from pyro_maf.sweep.kernels.scalars import OPERATIONS
 
         name, shape = _name(node), node.meta["shape"]
@@ -175,21 +175,21 @@ class _Draws(NamedTuple):
         return all(self._is_operand(each, self.place(node)) for each in node.all_input_nodes)
 
     def _is_operand(self, node: fx.Node, place: int) -> bool:
-        """True if a tensor has numbers of each draw in this dimension, or of all draws."""
+        """Return whether a tensor has numbers for each draw in this dimension, or is shared by all draws."""
         shape = node.meta.get("shape")
         if shape is None or (len(shape) and node.meta["dtype"] not in (self.dtype, torch.bool)):
             return False
         return self.place(node) == place or len(shape) < place or shape[len(shape) - place] == 1
 
     def move(self, node: fx.Node) -> bool:
-        """True if an operation moves numbers of each draw to those of the same draw in its result."""
+        """Return whether an operation moves numbers of each draw to the same draw in its result."""
         name, inputs = _name(node), _inputs(node)
         if name not in MOVES or not all(map(self.place, inputs)):
             return False
         sizes = [each.meta["shape"].numel() for each in inputs]
         if name in TAKES and (sizes[0] > MOST_LOADED * self.number or inputs[0].meta.get("is_ordered")):
             return False
-        blocks = [_Block(1, each.meta["shape"], self.place(each)) for each in inputs]  # behind that of zeros
+        blocks = [_Block(1, each.meta["shape"], self.place(each)) for each in inputs]  # after the block of zeros
         moved = _moved(node, {each: block.addresses() for each, block in zip(inputs, blocks, strict=True)})
         moved = moved.movedim(-self.place(node), -1)
         is_in_order = (moved - moved[..., :1] == torch.arange(self.number)) & (moved[..., :1] % self.number == 0)
@@ -197,7 +197,7 @@ class _Draws(NamedTuple):
 
 
 class _Fusion:
-    """A graph with runs of fused operations in place of these."""
+    """A graph in which runs replace fused operations."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class _Fusion:
         constants: Mapping[fx.Node, Tensor],
     ) -> None:
         self._graph, self._draws, self._runs, self._fused, self._constants = graph, draws, runs, fused, constants
-        self._count = 1  # the first register is that of zeros
+        self._count = 1  # the first register holds zeros
         self._addresses: dict[fx.Node, Tensor] = {}
         self._operands: dict[object, Tensor] = {}
         self._rows: list[list[Tensor]] = [[] for _ in range(1 + max(runs.values()))]
@@ -222,7 +222,7 @@ class _Fusion:
                 self._addresses[node] = self._computed(node, draws.place(node))
 
     def module(self, argument: Tensor) -> fx.GraphModule:
-        """Compose the graph: runs, and after each the operations that need it and no later one."""
+        """Compose the graph: the runs, and after each run the operations that depend on it but on no later one."""
         registers = argument.new_zeros(self._count, self._draws.number)
         for value, block in self._fixed:
             block.of(registers).copy_(value)
@@ -274,7 +274,7 @@ class _Fusion:
         return block.addresses()
 
     def _operand(self, value: object, user: fx.Node, place: int) -> Tensor:
-        """Addresses of an argument of a fused operation, with draws at this place; a run loads what is not fused."""
+        """Addresses of a fused operation's argument, with draws in this dimension; a run loads unfused arguments."""
         if value in self._fused:
             return self._addresses[cast("fx.Node", value)]
         if (value, place) in self._operands:
@@ -299,13 +299,13 @@ class _Fusion:
 
 
 class _Run(nn.Module):
-    """A run of fused operations, as a function of the tensors that it loads, to a list of results.
+    """A run of fused operations, as a function from the tensors that it loads to a list of results.
 
     Args:
         registers: Numbers of all runs, (registers, draws).
         rows: The operations.
         loads: Views of the registers for each tensor.
-        stores: Addresses of each result, and its dtype.
+        stores: Addresses and dtype of each result.
     """
 
     def __init__(

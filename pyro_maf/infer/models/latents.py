@@ -28,7 +28,7 @@ __all__ = ["UNIFORM", "Images", "Latents", "Part", "Plates", "masked_elements", 
 MEDIAN_DRAWS = 15
 """Number of draws for a median, as in Pyro."""
 STEP = 0.3
-"""Displacement of latent variables, in unconstrained space, for the test if a support moves with them."""
+"""Displacement of latent variables, in unconstrained space, that tests whether a support moves with them."""
 UNIFORM = 2.0
 """Half the width of the cube, around 0 in unconstrained space, in which Pyro and Stan start NUTS."""
 
@@ -36,7 +36,7 @@ Plates = pyro.plate | Iterable[pyro.plate]
 """The result of a function for `create_plates`, as in Pyro's guides."""
 
 Images = dict[str, tuple[Tensor, Tensor]]
-"""The value of each site, and by event the logarithm of the absolute determinant of its map, in nats."""
+"""The value of each site and, by event, the log-determinant of its map, in nats."""
 
 
 class Part(NamedTuple):
@@ -44,10 +44,10 @@ class Part(NamedTuple):
 
     Attributes:
         site: The site, as in the prototype trace.
-        value: Its value in that trace; within plates that subsample, for all rows.
-        rows: The dimension of the value for each plate that subsamples.
+        value: Its value in that trace; within subsampling plates, for all rows.
+        rows: The dimension of the value for each subsampling plate.
         transform: The map from unconstrained values to the site's support.
-        plates: Shape of the plates around it, without rows that each have their vector.
+        plates: Shape of the plates around it, excluding rows with separate vectors.
         event: Shape of one unconstrained event.
         start, stop: Its range among all entries, including those that are left out.
     """
@@ -71,22 +71,22 @@ class Latents:
     r"""The latent sites of a model as one vector v of D real numbers.
 
     Args:
-        who: Name of their guide, for errors.
+        who: Name of the guide, for error messages.
         sites: The latent sites, from a trace.
-        rows: Shape of the plates in which each row has its vector, or () for one vector in all.
-        created: The plates that `create_plates` creates: where these subsample, v is of all their rows.
+        rows: Shape of the plates in which each row has its own vector, or () for a single vector.
+        created: The plates that `create_plates` creates; if these subsample, v covers all their rows.
 
     Attributes:
         who, rows: As in the arguments.
         size: D.
         parts: Position of each site, by name.
-        idle: Mask over the entries of all sites, (entries,): true for constants, which are no part of v; see
+        idle: Mask over the entries of all sites, (entries,), true for constants that are not part of v; see
             `leave_out`.
-        masked: Mask over the entries, likewise: true where the model masked them then.
+        masked: Mask over the entries, true where the model masked them when `leave_out` was called.
 
     Raises:
-        ValueError: If a site is discrete, if there are none, if one is not in the plates of `rows` alone, or if one is
-            in another plate that subsamples.
+        ValueError: If a site is discrete, if there are none, if one is in other plates than those of `rows`, or if one
+            is in another subsampling plate.
     """
 
     def __init__(self, who: str, sites: Mapping[str, Site], rows: torch.Size, created: Plates = ()) -> None:
@@ -118,24 +118,24 @@ class Latents:
 
     @property
     def leaves_out(self) -> bool:
-        """True if some entries are no part of v."""
+        """True if some entries are not part of v."""
         return self.size < len(self.idle)
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Values of the prototype."""
+        """Values in the prototype."""
         return {name: part.value for name, part in self.parts.items()}
 
     @property
     def shapes_of_all_rows(self) -> dict[str, torch.Size]:
-        """Shape of the value of every site if one is in a plate that subsamples; empty otherwise."""
+        """Shape of every site's value if one of them is in a subsampling plate; otherwise empty."""
         by_row = any(part.rows for part in self.parts.values())
         return {name: value.shape for name, value in self.values.items()} if by_row else {}
 
     def leave_out(self, idle: Tensor, masked: Tensor) -> None:
         """Fix entries of v that a mask excludes from the model's density at their initial values.
 
-        They are no part of v and of log |det dz/dv| from now on.
+        From then on they are not part of v or of log |det dz/dv|.
 
         Raises:
             ValueError: If no entry of v remains.
@@ -146,7 +146,7 @@ class Latents:
             raise RefusalError(f"{self.who} found no latent variables in the model that are not masked.")
 
     def release(self, names: Iterable[str]) -> None:
-        """Take the values of sites as they are, since their supports move: coordinates keep them within these."""
+        """Use identity maps for sites whose supports move; coordinates keep their values inside."""
         for name in names:
             self.parts[name] = self.parts[name]._replace(transform=support_map(real))
 
@@ -154,7 +154,7 @@ class Latents:
     def release_moving(self, call: Call) -> list[str]:
         """Release the sites whose supports have a bound that depends on latent variables, or is trained; return these.
 
-        Cost: one run of the model if a support has a tensor for a bound, and none if all bounds are plain numbers.
+        Cost: one run of the model if a support has a tensor as a bound, and none if all bounds are plain numbers.
         """
         before = {name: list(tensors_of(part.site["fn"].support)) for name, part in self.parts.items()}
         if not any(before.values()):
@@ -177,11 +177,11 @@ class Latents:
         return moving
 
     def initial(self) -> Tensor:
-        """Return the values of the prototype as one vector, (D,)."""
+        """Return the values in the prototype as one vector, (D,)."""
         return self.pack(self.values)[0].reshape(-1, self.size).mean(0)
 
     def has_masks(self) -> bool:
-        """True if there are masked entries.
+        """Return whether there are masked entries.
 
         Raises:
             ValueError: If these are in plates whose rows change from call to call.
@@ -198,17 +198,17 @@ class Latents:
         return bool(masked)
 
     def has_masks_of(self, sites: Mapping[str, Site]) -> bool:
-        """True if sites have the masks that they had when the layout was set up; with rows, masks are refused."""
+        """Return whether sites have the masks that they had at the set-up; with rows there are none."""
         return bool(self.rows) or torch.equal(self.masked_in(sites), self.masked)
 
     def masked_in(self, sites: Mapping[str, Site]) -> Tensor:
-        """Mask of the entries of all sites whose elements are masked in these sites, or else in the prototype's."""
+        """Mask of the entries of all sites, from the masks of these sites or, if missing, of the prototype's."""
         return torch.cat([_masked_entries(part, sites.get(name, part.site)) for name, part in self.parts.items()])
 
     def split(self, latent: Tensor) -> Iterator[tuple[Part, Tensor]]:
         r"""Split a latent of shape (\*batch, D) into the unconstrained value of each site.
 
-        `batch` has ones where the plates of the model are, as inside a plate of particles, or ends before them.
+        `batch` has ones in place of the model's plates, as inside a plate of particles, or ends before them.
         """
         if self.leaves_out:
             entries = self._constants.to(latent).expand(*latent.shape[:-1], -1).clone()
@@ -225,7 +225,7 @@ class Latents:
     def unpack(self, latent: Tensor, images: Images | None = None) -> tuple[dict[str, Tensor], Tensor]:
         r"""Map a latent (\*batch, D), as in `split`, to the value of each site; also return log |det dz/dv| in nats.
 
-        With `images`, those of the same latent by another map, the log-determinant is of that map.
+        With `images`, the values of the same latent under another map, the log-determinant is that of this map.
         """
         images = self.images(latent) if images is None else images
         total = latent.new_zeros(latent.shape[:-1])
@@ -236,7 +236,7 @@ class Latents:
 
     @property
     def nesting(self) -> int:
-        """Number of dimensions of the plates around sites, without rows that each have their vector."""
+        """Number of dimensions of the plates around sites, excluding rows with separate vectors."""
         return max(len(part.plates) for part in self.parts.values())
 
     def sites(
@@ -245,7 +245,7 @@ class Latents:
         shape: torch.Size = torch.Size(),  # noqa: B008
         images: Callable[[Tensor], Images] | None = None,
     ) -> dict[str, Tensor]:
-        r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site); with `images` by it."""
+        r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site), by `images` if given."""
         batch = latent.reshape(-1, *(1,) * self.nesting, *latent.shape[len(shape) :])
         values = {name: value for name, (value, _) in (images or self.images)(batch).items()}
         if self.rows:
@@ -255,7 +255,7 @@ class Latents:
     def mapped(self, part: Part, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map unconstrained values to a site; also return log |det dz/dv| in nats by event, without idle entries.
 
-        Beyond the reach of a map, where values stay, it falls by a nat a unit: level, a density has no finite integral.
+        Beyond the reach of a map, where values stay constant, it falls by a nat per unit, so the density is integrable.
         """
         inside = within_reach(part.transform, unconstrained)
         value = part.transform(inside)
@@ -276,7 +276,7 @@ class Latents:
     def pack(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         r"""Return the latent (\*batch, D) of values (\*batch, \*site), and log |det dz/dv| in nats, (\*batch,).
 
-        `batch` ends with the rows, where there are any.
+        `batch` ends with the rows, if there are any.
         """
         pieces, log_dets = [], []
         for name, part in self.parts.items():
@@ -291,15 +291,15 @@ class Latents:
         return latent, torch.stack([log_det.expand(batch) for log_det in log_dets]).sum(0)
 
     def checked(self, values: object, like: Tensor) -> dict[str, Tensor]:
-        r"""Convert a user's values of every site, (\*batch, \*site), to tensors of one batch shape.
+        r"""Convert a user's values of every site, (\*batch, \*site), to tensors with a common batch shape.
 
         Args:
             values: By name: tensors, or numbers and arrays, which become tensors.
-            like: A weight of the guide; the tensors have its dtype and device.
+            like: A weight of the guide, whose dtype and device the tensors get.
 
         Raises:
             TypeError: If they are not a mapping, not numbers, or floating-point tensors of another dtype.
-            ValueError: If a site is missing, or if a shape is not that of its site or does not broadcast.
+            ValueError: If a site is missing, or if a shape differs from its site's or does not broadcast.
         """
         who = self.who
         if not isinstance(values, Mapping):
@@ -326,7 +326,7 @@ class Latents:
 
     @torch.no_grad()
     def within_supports(self, values: Mapping[str, Tensor]) -> Tensor:
-        r"""Test if all sites' values, (\*batch, \*site), are on their supports; (\*batch,), boolean."""
+        r"""Test whether all sites' values, (\*batch, \*site), are on their supports; (\*batch,), boolean."""
         inside = []
         for name, part in self.parts.items():
             value = values[name]
@@ -338,7 +338,7 @@ class Latents:
 
 
 def _check_plates(who: str, sites: Mapping[str, Site], created: Plates) -> None:
-    """Refuse latent variables in plates that resample their rows each time, unless they are those of all rows."""
+    """Raise for latent variables in plates that resample their rows each time, unless they cover all rows."""
     names = {plate.name for plate in ([created] if isinstance(created, pyro.plate) else created)}
     for name, site in sites.items():
         for frame in subsampled(site):
@@ -351,7 +351,7 @@ def _check_plates(who: str, sites: Mapping[str, Site], created: Plates) -> None:
 
 
 def _of_all_rows(site: Site) -> tuple[Tensor, dict[str, int]]:
-    """Return the value of a site, repeated to all rows of plates that subsample, and their dimensions by name."""
+    """Return the value of a site, repeated to all rows of subsampling plates, and their dimensions by name."""
     value, dims = site["value"].detach(), {}
     for frame in subsampled(site):
         if frame.dim is not None:
@@ -375,16 +375,16 @@ def _tensor(who: str, name: str, value: object, like: Tensor) -> Tensor:
 
 
 def median_or_feasible(site: Site) -> Tensor:
-    """Pyro's `init_to_median`, or that of unconstrained values for supports that Pyro does not know.
+    """Pyro's `init_to_median`, or the median in unconstrained space for supports that Pyro does not know.
 
-    For improper priors, which cannot be drawn from, it is the image of 0.
+    For improper priors, which cannot be sampled, it is the image of 0.
     """
     with suppress(NotImplementedError):
         return init_to_median(site)
     fn = site["fn"]
     try:
         transform = support_map(cast("Constraint", fn.support))
-    except NotImplementedError:  # the layout of the sites, which follows, refuses it by name
+    except NotImplementedError:  # the layout of the sites, which follows, raises an error that names the site
         return torch.zeros(fn.shape())
     try:
         return transform(transform.inv(fn.sample(torch.Size([MEDIAN_DRAWS]))).median(0).values)
@@ -406,7 +406,7 @@ def masked_elements(site: Site, value: Tensor) -> Tensor | None:
             mask = torch.as_tensor(mask, device=value.device)
             mask = mask.reshape(mask.shape + (1,) * event_dim)
             extra = max(0, mask.dim() - value.dim())
-            # Where a mask is wider than the site, an element counts if it does anywhere.
+            # If a mask is wider than the site, an element counts if it does anywhere.
             seen = seen & (mask.flatten(0, extra).any(0) if extra else mask)
     return None if seen.all() else ~seen
 
@@ -417,7 +417,7 @@ def _masked_entries(part: Part, site: Site) -> Tensor:
         return torch.zeros(part.shape.numel(), dtype=torch.bool, device=part.value.device)
     if masked.shape == part.shape:
         return masked.flatten()
-    # An event of another shape than its unconstrained one, as on a simplex, is masked as a whole.
+    # An event whose shape differs from its unconstrained one, such as a simplex, is masked as a whole.
     whole = masked.reshape(*part.plates, -1).all(-1)
     return whole.reshape(part.plates + (1,) * len(part.event)).expand(part.shape).flatten()
 

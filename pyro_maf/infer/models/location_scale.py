@@ -1,4 +1,4 @@
-"""Location and scale of a site's distribution, as far as its family has them."""
+"""Location and scale of a site's distribution, for families that have them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ __all__ = ["LocationScale", "Scale", "location_and_scale"]
 PARAMETERS = {"loc", "scale", "rate", "concentration", "concentration1"}
 REAL, POSITIVE, UNIT, SIMPLEX = "real", "positive", "unit_interval", "simplex"
 IMAGES = {ExpTransform: POSITIVE, SigmoidTransform: UNIT}
-"""Maps from real numbers that are also those from unconstrained values to a support."""
+"""Maps from real numbers that are also the maps from unconstrained values to a support."""
 
 
 class Scale(NamedTuple):
-    r"""Scales by entry, (\*batch), or lower triangular matrices L of vectors with covariances L L^T, (\*batch, n, n).
+    r"""Elementwise scales, (\*batch), or lower triangular L of covariances L L^T of vectors, (\*batch, n, n).
 
-    Vectors are (\*batch, n), and likewise by entry.
+    Vectors are (\*batch, n), and likewise for elementwise scales.
     """
 
     tensor: Tensor
@@ -46,7 +46,7 @@ class Scale(NamedTuple):
 
     @property
     def diagonal(self) -> Tensor:
-        """The scales by entry, or the diagonal of the matrices."""
+        """The elementwise scales, or the diagonal of the matrices."""
         return self.tensor.diagonal(dim1=-2, dim2=-1) if self.is_matrix else self.tensor
 
     def times(self, vector: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Scale(NamedTuple):
         return torch.linalg.solve_triangular(self.tensor.mT, vector[..., None], upper=True)[..., 0]
 
     def scaled(self, factor: Tensor) -> Scale:
-        """The scale of vectors that are multiplied with a factor by entry."""
+        """The scale of vectors that are multiplied elementwise by a factor."""
         if not self.is_matrix:
             return Scale(factor.abs() * self.tensor)
         return Scale(factor[..., :, None] * self.tensor * factor.sign()[..., None, :], True)
@@ -84,10 +84,10 @@ class LocationScale(NamedTuple):
 
 
 def location_and_scale(fn: TorchDistribution) -> LocationScale | None:
-    """Return location and scale of a site's unconstrained values; None for another family of distributions.
+    """Return location and scale of a site's unconstrained values; None for other families of distributions.
 
-    The logarithm of a positive variable with a scale is one with a location. Affine maps of a variable are followed,
-    and the maps by `exp` and the logistic function to supports that a guide reaches by them too.
+    The logarithm of a positive variable with a scale has a location. Affine maps of a variable are followed, and so are
+    `exp` and the logistic function, if a guide uses them as maps to the support too.
     """
     layers = list(layers_of(fn))
     index = next((index for index, each in enumerate(layers) if each.arg_constraints.keys() & PARAMETERS), None)
@@ -106,9 +106,10 @@ def location_and_scale(fn: TorchDistribution) -> LocationScale | None:
 
 
 def _of_family(family: Distribution) -> tuple[LocationScale | None, str]:
-    """Location and scale of a distribution, of the logarithm of a positive one or the log-odds of a share.
+    """Location and scale of a distribution, of the logarithm of a positive one, or of the log-odds of a proportion.
 
-    Also its region. The shares of a Dirichlet distribution are those of what the ones before leave, as in its map.
+    Also returns its region. The proportions of a Dirichlet are relative to what the preceding ones leave, as in its
+    map.
     """
     region = _region(cast("Constraint", family.support))
     loc, scale = (getattr(family, name, None) for name in ("loc", "scale"))
@@ -130,14 +131,14 @@ def _of_family(family: Distribution) -> tuple[LocationScale | None, str]:
         shares = family.concentration
         rest = shares.flip(-1).cumsum(-1).flip(-1)[..., 1:]
         loc, scale = _of_log_odds(shares[..., :-1], rest)
-        # torch's map takes even shares to 0: the first is one against all others.
+        # torch's map takes equal proportions to 0: the first is one against all others.
         others = torch.arange(loc.shape[-1], 0, -1, device=loc.device).to(loc)
         return LocationScale(loc + others.log(), scale), region
     return None, region
 
 
 def _of_log_odds(one: Tensor, other: Tensor) -> LocationScale:
-    """Location and scale of the log-odds of a Beta's share with these concentrations."""
+    """Location and scale of the log-odds of a Beta variable with these concentrations."""
     return LocationScale(one.digamma() - other.digamma(), Scale((one.polygamma(1) + other.polygamma(1)).sqrt()))
 
 

@@ -49,22 +49,22 @@ from pyro_maf.infer.models.plates import (
 __all__ = ["LogJoint"]
 
 SEEDS = 8
-"""Number of seeds under which a model that draws random numbers is run, to test if its density depends on them."""
+"""Number of seeds with which a model that draws random numbers is run, to test whether its density depends on them."""
 
 LARGEST = 50_000
-"""Numbers in the largest tensor of a run from which on `vmap` saves nothing, and takes memory for every draw."""
+"""Size of the largest tensor of a run from which on `vmap` saves nothing, and takes memory for every draw."""
 
 MOST_NUMBERS = 2**24
-"""Maximum numbers in a tensor of a run for many draws, without gradients."""
+"""Maximum size of a tensor in a run for many draws, without gradients."""
 
 MOST_TERMS = 10**8
-"""Maximum number of log-densities of rows, of all draws."""
+"""Maximum number of log-densities of rows, for all draws."""
 
 MOST_ALONE = 64
-"""Maximum number of draws of the prior by a run for each."""
+"""Maximum number of draws of the prior by separate runs."""
 
 SPARE = 2
-"""Dimensions left free between a model's plates and that of the draws, for plates that are open around a call."""
+"""Number of dimensions left free between a model's plates and the draws, for plates that are open around a call."""
 
 Values = Mapping[str, Tensor]
 """The value of each latent site, draws along the first dimension."""
@@ -76,34 +76,35 @@ Scorer = Callable[[Values, Minibatch], Tensor]
 class LogJoint:
     r"""log p(x, z) in nats, for the data x that a model is called with and draws z of its latent sites.
 
-    All draws are scored by one run of the model: inside a plate if a trial shows that the model allows that, or else
-    under torch's `vmap`, in which the model sees a single draw. If neither works, as where Python reads the value of a
-    latent variable, it is run for one draw after another. Discrete sites that are enumerated in parallel are summed
-    out. Where plates subsample, runs over minibatches add up to all rows. Random numbers that the model draws itself
-    are the same in every call.
+    All draws are scored by one run of the model: inside a plate if a trial shows that the model allows that, otherwise
+    under torch's `vmap`, in which the model sees a single draw. If neither works, for instance because Python reads the
+    value of a latent variable, it is run for one draw after another. Discrete sites that are enumerated in parallel are
+    summed out. If plates subsample, runs over minibatches add up to all rows. Random numbers that the model draws
+    itself are the same in every call.
 
     Args:
         call: The model with its arguments.
         example: A trace of it, for the shapes of its sites and the dimensions of its plates.
         shapes: The shape of the value of each latent site, by default of those in `example` that are not enumerated.
-            Within plates that subsample it may be that of all rows.
-        most_minibatches: Maximum number of minibatches of a plate that subsamples; of more, these stand for the rest.
+            Within subsampling plates it may cover all rows.
+        most_minibatches: Maximum number of minibatches of a subsampling plate; if there are more, these represent the
+            rest.
 
     Attributes:
         nesting: Number of dimensions, from the right, of the model's plates.
         is_vectorised: True if one run scores many draws; set by `settle`.
-        broadcasts: True if that run is one in a plate, as in Pyro's objectives with vectorised particles; set likewise.
+        broadcasts: True if that run is inside a plate, as in Pyro's objectives with vectorised particles; set by
+            `settle`.
         is_random: True if the density depends on random numbers outside of visible sites; set by `settle`.
-        hidden: Names of the sites that it draws but hides from handlers around it; set by `settle`.
+        hidden: Names of the sites that the model draws but hides from handlers around it; set by `settle`.
         enumerated: True if there are sites to sum out.
         partial: Why only the rows of one minibatch are scored; "" if all rows are.
         runs: Number of runs of the model that score all rows.
-        numbers: Number of log-probabilities of one draw in memory at a time; set by `settle`.
+        numbers: Number of log-probabilities per draw in memory at a time; set by `settle`.
 
     Shapes:
-        The value of a site of shape `(*plates, *event)` is `(draws, *plates, *event)`, plates padded with ones to
-        `nesting` dimensions; the result is (draws,): minus infinity where the density is not a number, and where the
-        model raises.
+        The value of a site of shape `(*plates, *event)` is `(draws, *plates, *event)`, with plates padded by ones to
+        `nesting` dimensions. The result is (draws,): minus infinity where the density is NaN or the model raises.
     """
 
     def __init__(
@@ -168,12 +169,12 @@ class LogJoint:
         return scored
 
     def together(self, values: Values) -> Tensor:
-        """Return log p(x, z) in nats, (draws,), by one run for all draws, as the model returns or raises it."""
+        """Return log p(x, z) in nats, (draws,), from one run for all draws, with NaN and errors as they are."""
         return self._total(self._score, values)
 
     @torch.no_grad()
     def can_score(self, values: Values) -> bool:
-        """True if the density at values of one draw, (1, ...), is finite, by a run for that draw."""
+        """Return whether the density at values of one draw, (1, ...), is finite, by a run for that draw."""
         try:
             return bool(self._in_turn(values, self._minibatches[0]).isfinite())
         except FAILURES:
@@ -183,7 +184,7 @@ class LogJoint:
     def log_likelihood(self, values: Values) -> dict[str, Tensor]:
         r"""Return log p(x_i | z) in nats of the observed sites, (draws, \*plates), without the scales of handlers.
 
-        Nothing if the rows have no densities of their own, as sites are summed out, are not scored by one run, or have
+        Empty if the rows have no separate densities because sites are summed out, are not scored by one run, or have
         more than 10^8 densities in all.
         """
         if self.enumerated or self.partial or self.runs > 1 or _count(values) * self.numbers > MOST_TERMS:
@@ -210,7 +211,7 @@ class LogJoint:
         """Check that all runs for one draw so far had the same sites.
 
         Raises:
-            ValueError: If one was in some of them alone: its density is missing in the others.
+            ValueError: If a site was only in some of them, so that the others lack its density.
         """
         for name in sorted(self._changing):
             raise RefusalError(
@@ -223,10 +224,10 @@ class LogJoint:
         return self._scored(self._single(_draws(values, 0)), self._minibatches[0]).nodes["_RETURN"]["value"]
 
     def prior_draws(self, count: int) -> dict[str, Tensor]:
-        r"""Draw the latent sites from the prior, (count, \*site); at most 64, by a run for each, without broadcasting.
+        r"""Draw the latent sites from the prior, (count, \*site); without broadcasting at most 64, by separate runs.
 
         Raises:
-            RuntimeError: If a value has fewer rows than expected, such as those of a minibatch.
+            RuntimeError: If a value has fewer rows than expected, for instance those of a minibatch.
         """
         with seeded(0, self._like.device), poutine.block():
             if not self.broadcasts:
@@ -237,10 +238,10 @@ class LogJoint:
         return {name: sites[name]["value"].reshape(count, *shape) for name, shape in self._shapes.items()}
 
     def settle(self, values: Values) -> LogJoint:
-        """Choose between one run for all draws and one for each, by a trial of both on a few draws; return self.
+        """Choose between one run for all draws and separate runs, by trying both on a few draws; return self.
 
         Raises:
-            Exception: The error of the model, if it raises one for every draw of the trial.
+            Exception: The error of the model, if it raises one for every draw in the trial.
         """
         try:
             return self._settled(values)
@@ -329,13 +330,13 @@ class LogJoint:
         inside = {name: minibatch.of_these_rows(value, self._all_rows.get(name, {})) for name, value in values.items()}
         with minibatch:
             trace = self._run(inside, seed)
-        with pyro.settings.context(validate_poutine=False):  # which would warn where minus infinity is the answer
+        with pyro.settings.context(validate_poutine=False):  # which would warn where minus infinity is the right answer
             trace.compute_log_prob()
         return trace
 
     def _run(self, values: Values, seed: int = 0) -> Trace:
         model = poutine.condition(self._call.program, data=dict(values))
-        if self.enumerated:  # along dimensions on the left of that of the draws
+        if self.enumerated:  # along dimensions to the left of that of the draws
             model = poutine.enum(model, first_available_dim=-self.nesting - 2)
         with seeded(seed, self._like.device):
             return self._call.of(model).trace()
@@ -348,7 +349,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _agrees(score: Callable[[], Tensor], expected: Tensor) -> bool:
-    """True if scores of all draws together are as expected."""
+    """Return whether scores of all draws together are as expected."""
     try:
         return torch.allclose(score(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
     except PartialRowsError:
@@ -372,13 +373,13 @@ def _plate_dims(site: Site) -> int:
 
 
 def _of_all_rows(site: Site, shape: torch.Size) -> dict[str, int]:
-    """Map each plate that subsamples, of whose rows a value of this shape has all, to its dimension."""
+    """Map each subsampling plate for which a value of this shape has all rows to its dimension."""
     dims = ((frame, frame.dim - site["fn"].event_dim) for frame in subsampled(site) if frame.dim is not None)
     return {frame.name: dim for frame, dim in dims if shape[dim] == frame.full_size}
 
 
 def _within_subsamples(latents: Mapping[str, Site], all_rows: Mapping[str, Mapping[str, int]]) -> str:
-    """Name the site and plate whose values are those of one minibatch; "" if none are."""
+    """Describe a site and plate whose values cover only one minibatch; "" if there are none."""
     for name, dims in all_rows.items():
         for frame in subsampled(latents[name]):
             if frame.name not in dims:
@@ -394,9 +395,9 @@ class _DrawRecorder(TorchDispatchMode):
     A handler within a model, such as `poutine.block`, hides a site from handlers around the model, but not its draw.
 
     Attributes:
-        sites: Their names.
-        any: True if any random numbers were drawn; those of Python and numpy are noticed on exit.
-        largest: Numbers in the largest tensor that was computed.
+        sites: Names of these sites.
+        any: True if any random numbers were drawn; those of Python and numpy are detected on exit.
+        largest: Size of the largest tensor that was computed.
     """
 
     def __init__(self) -> None:
@@ -407,7 +408,7 @@ class _DrawRecorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's compiler, which takes a second to load, has no part in this
+        return False  # torch's compiler, which takes a second to load, is not involved
 
     def __enter__(self) -> Self:
         self._before = _other_states()
@@ -431,7 +432,7 @@ class _DrawRecorder(TorchDispatchMode):
 
 
 def _other_states() -> tuple[object, ...]:
-    """States of the generators of Python and numpy."""
+    """States of the random generators of Python and numpy."""
     state = np.random.get_state(legacy=False)["state"]
     return random.getstate(), state["pos"], state["key"].tobytes()
 

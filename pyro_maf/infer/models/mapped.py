@@ -32,16 +32,16 @@ CREATED = (
 def mapped(
     function: Callable[[Mapping[str, Tensor]], Results], values: Mapping[str, Tensor], *, writes: bool = False
 ) -> tuple[Results, Tensor]:
-    """Return the results of a function for each of several draws, by one call of that of a single draw.
+    """Apply a function of a single draw to several draws at once, under `vmap`.
 
     Args:
-        function: A function of the value of each site at one draw, to tensors in tuples and dictionaries.
+        function: Maps the value of each site at one draw to tensors in tuples and dictionaries.
         values: The value of each site, draws along the first dimension.
-        writes: True if the function writes into tensors that it creates; each draw then has its own.
+        writes: Whether the function writes into tensors that it creates; each draw then has its own.
 
     Returns:
-        The results, draws along the first dimension, and a mask over the draws, (draws,): false where the validation
-        of a distribution would raise.
+        The results, draws along the first dimension, and a mask over the draws, (draws,): false where the validation of
+        a distribution would raise.
     """
 
     def of_one(one: Mapping[str, Tensor], zero: Tensor) -> tuple[Results, Tensor]:
@@ -52,7 +52,7 @@ def mapped(
     first = next(iter(values.values()))
     zeros = torch.zeros(len(first), dtype=torch.uint8, device=first.device)
     with patch.object(special, "_SafeLog", _Log), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # for an operation that runs row by row
+        warnings.filterwarnings("ignore", "There is a performance drop")  # for operations that run row by row
         return torch.func.vmap(of_one, randomness="same")(dict(values), zeros)
 
 
@@ -63,15 +63,15 @@ CHECKS = (constraints.__file__, distribution.__file__)
 class _OneDraw(TorchFunctionMode):
     """Mode for what differs between one draw and many under `vmap`.
 
-    The validation of distributions raises nothing, nor does a Cholesky factorization: as either may fail for one draw
-    alone, its outcome is recorded as a tensor.
+    The validation of distributions raises nothing, nor does a Cholesky factorization: since either may fail for a
+    single draw, its outcome is recorded as a tensor.
 
     Args:
-        zero: Zero, (), one for each draw: tensors that are created while entered are added to it, so that what is
-            written into them may be another number for each draw. None if that is not needed.
+        zero: Zero, (), one for each draw. It is added to new tensors, so that writes into them can differ by draw. None
+            if that is not needed.
 
     Attributes:
-        is_valid: True if all checks have been passed, ().
+        is_valid: True if all checks have passed, ().
     """
 
     def __init__(self, zero: Tensor | None) -> None:
@@ -83,7 +83,7 @@ class _OneDraw(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        # The check of a matrix, which is square and symmetric first, reads its outcome; torch 2.4 reads any.
+        # The check of a matrix, first whether it is square and symmetric, reads its outcome; torch 2.4 reads any.
         if func is torch._is_all_true or (func is Tensor.__bool__ and _is_within(*CHECKS)):
             self._record(args[0])
             return True
@@ -95,7 +95,7 @@ class _OneDraw(TorchFunctionMode):
             return factor
         if func is Tensor.__setitem__ and _is_mask(args[1]) and not kwargs:
             target, mask, number = cast("tuple[Tensor, Tensor, float | Tensor]", args)
-            if not isinstance(number, Tensor) or number.dim() == 0:  # as multinomial densities: `x[mask] = 0`
+            if not isinstance(number, Tensor) or number.dim() == 0:  # as in multinomial densities: `x[mask] = 0`
                 mask = mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim()))
                 return target.masked_fill_(mask, number)
         result = func(*args, **kwargs)
@@ -109,7 +109,7 @@ class _OneDraw(TorchFunctionMode):
 
 
 class _Log:
-    """Logarithm with a bounded gradient, for that of Pyro's sums over discrete sites, which `vmap` does not take."""
+    """Logarithm with a bounded gradient, replacing the one in Pyro's sums over discrete sites, which `vmap` rejects."""
 
     @staticmethod
     def apply(x: Tensor) -> Tensor:
@@ -125,5 +125,5 @@ def _is_mask(index: object) -> bool:
 
 
 def _is_within(*filenames: str) -> bool:
-    """True if the code that calls a function of torch is in one of these files."""
+    """Return whether the code that calls a torch function is in one of these files."""
     return sys._getframe(2).f_code.co_filename in filenames

@@ -1,4 +1,4 @@
-"""Pyro models and guides: their types, their runs, and the refusal of those that cannot be handled."""
+"""Pyro models and guides: their types, their runs, and errors about those that cannot be handled."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
-"""Errors of models and distributions for a value that cannot be scored, linear algebra included."""
+"""Errors of models and distributions for a value that cannot be scored, including linear algebra."""
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "learning_rate": ("lr", "rate", "step_size"),
@@ -70,7 +70,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "progress": ("progress_bar", "progressbar", "verbose", "disable_progbar"),
     "steps": ("num_steps", "n_steps", "max_steps", "iterations", "num_iterations", "n_iter", "epochs", "max_epochs"),
 }
-"""Names of the options elsewhere, by Pyro and others."""
+"""Names of the options in Pyro and other libraries."""
 
 TABLE = "\nTrace Shapes:"
 MOST_LINES = 6
@@ -80,8 +80,8 @@ EMPTY = ("Param Sites:", "Sample Sites:")
 class Site(TypedDict):
     """A sample site of a trace, or the message of a sample statement on its way through handlers.
 
-    Some entries exist for a time only: a message has no value before its draw, a site no log-probabilities before
-    `Trace.compute_log_prob`, and none in packed form before `Trace.pack_tensors`.
+    Some entries exist only at times: a message has no value before its draw, a site no log-probabilities before
+    `Trace.compute_log_prob`, and no packed ones before `Trace.pack_tensors`.
     """
 
     type: str
@@ -102,7 +102,7 @@ class Site(TypedDict):
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
-    """Return the sample sites of a trace by name, observed ones and the indices of subsamples included."""
+    """Return the sample sites of a trace by name, including observed ones and the indices of subsamples."""
     nodes = cast("Mapping[str, Site]", trace.nodes)
     return {name: site for name, site in nodes.items() if site["type"] == "sample"}
 
@@ -124,12 +124,12 @@ def data_sites(trace: Trace) -> dict[str, Site]:
 
 
 def is_subsample(site: Site) -> bool:
-    """True if a site draws the indices of a plate that subsamples."""
+    """Return whether a site draws the indices of a subsampling plate."""
     return site_is_subsample(cast("Message[..., object]", site))
 
 
 def layers_of(fn: Distribution) -> Iterator[Distribution]:
-    """Iterate over a distribution and those that it wraps as `base_dist`, from the outermost."""
+    """Iterate over a distribution and those that it wraps as `base_dist`, from the outermost inwards."""
     layer: Distribution | None = fn
     while layer is not None:
         yield layer
@@ -160,11 +160,11 @@ class Call:
         return self.program(*self.args, **self.kwargs)
 
     def of(self, program: Model) -> Call:
-        """Return the call of another program with the same arguments, such as that of a model's guide."""
+        """Return the call of another program with the same arguments, such as a model's guide."""
         return Call(program, self.args, self.kwargs)
 
     def has_arguments_of(self, other: Call | None) -> bool:
-        """True if the arguments of another call are the same objects."""
+        """Return whether the arguments of another call are the same objects."""
         if other is None:
             return False
         ours, theirs = ([*call.args, *call.kwargs, *call.kwargs.values()] for call in (self, other))
@@ -179,7 +179,7 @@ class Call:
         return self.of(poutine.replay(self.program, trace=trace)).trace()
 
     def conditioned(self, values: Mapping[str, Tensor]) -> Trace:
-        """Trace of a run with values of some sites, which are observed in it."""
+        """Trace of a run in which some sites are observed with these values."""
         return self.of(poutine.condition(self.program, data=dict(values))).trace()
 
 
@@ -189,7 +189,7 @@ _callback: ContextVar[Callable[[], None] | None] = ContextVar("_callback", defau
 
 @contextmanager
 def show_runs(bar: Bar, what: str, total: int, **fields: str) -> Iterator[None]:
-    """Show the runs of a model for single draws on a line of `bar`, from the first one on, while entered.
+    """Show the runs of a model for single draws as a line of `bar` while the context is active.
 
     Args:
         bar: The bar.
@@ -238,7 +238,7 @@ class RefusalError(ValueError):
 
 @contextmanager
 def without_empty_tables() -> Iterator[None]:
-    """Context that removes empty tables of shapes from error messages, and shortens long tensors in them."""
+    """Context manager that removes empty tables of shapes from error messages, and shortens long tensors in them."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -250,7 +250,7 @@ def without_empty_tables() -> Iterator[None]:
 
 
 def _shortened(text: str) -> str:
-    """Cut a text of more than a few lines, such as the hundreds of a tensor of draws."""
+    """Shorten a text of more than a few lines, such as the hundreds of a tensor of draws."""
     lines = text.splitlines()
     return text if len(lines) <= MOST_LINES else "\n".join([*lines[:MOST_LINES], f"... ({len(lines)} lines)"])
 
@@ -260,10 +260,10 @@ def _is_empty(table: str) -> bool:
 
 
 def check_pair(who: str, model: object, guide: object) -> None:
-    """Check that a model and its guide are both there, and in this order.
+    """Check that a model and its guide are both callable, and in this order.
 
     Raises:
-        TypeError: If one cannot be called, or is a class, or if the two are swapped.
+        TypeError: If one cannot be called or is a class, or if the two are swapped.
     """
     if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide):
         raise TypeError(
@@ -278,10 +278,10 @@ def check_pair(who: str, model: object, guide: object) -> None:
 
 
 def check_observes_nothing(who: str, guide_trace: Trace, model_trace: Trace) -> None:
-    """Check that a guide is not a model: that none of its sites is observed.
+    """Check that a guide is not a model: none of its sites may be observed.
 
     Raises:
-        ValueError: If one of them is observed.
+        ValueError: If one of them is.
     """
     for name, site in data_sites(guide_trace).items():
         if name not in model_trace and "is_auxiliary" not in (site["infer"] or {}):
@@ -292,18 +292,18 @@ def check_observes_nothing(who: str, guide_trace: Trace, model_trace: Trace) -> 
 
 
 def check_call(who: str, call: Call, options: Sequence[str]) -> None:
-    """Check that a model takes the arguments that are passed on to it.
+    """Check that a model accepts the arguments that are passed on to it.
 
     Args:
         who: The function that passes them on.
         call: The model with its arguments.
-        options: The options of `who`, for which a keyword may have been meant.
+        options: The options of `who`, one of which a keyword may have been meant for.
 
     Raises:
         TypeError: If it does not.
 
     Warns:
-        UserWarning: If it takes any keyword, and one is spelt much like an option.
+        UserWarning: If it accepts any keyword, and one is spelt much like an option.
     """
     if (mismatch := _mismatch(call)) is None:
         _warn_of_misspelling(who, call, options)
@@ -323,7 +323,7 @@ def check_call(who: str, call: Call, options: Sequence[str]) -> None:
 
 
 def _warn_of_misspelling(who: str, call: Call, options: Sequence[str]) -> None:
-    """Warn of a keyword that a model takes among any others, if it is spelt much like an option."""
+    """Warn about a keyword that is spelt much like an option and that the model accepts, since it accepts any."""
     parameters = _signature(call.program)
     for name in call.kwargs:
         close = difflib.get_close_matches(name, options, n=1, cutoff=0.85)
@@ -336,7 +336,7 @@ def _warn_of_misspelling(who: str, call: Call, options: Sequence[str]) -> None:
 
 
 def check_set_up_call(who: str, call: Call) -> None:
-    """Check that a guide that is not set up yet is called with its model's arguments.
+    """Check that a guide that is not yet set up is called with its model's arguments.
 
     Raises:
         TypeError: If it is not.
@@ -347,7 +347,7 @@ def check_set_up_call(who: str, call: Call) -> None:
 
 
 def check_encoder_call(who: str, call: Call) -> None:
-    """Check that the encoder of a guide, the program of a call, takes its arguments.
+    """Check that the encoder of a guide, the program of a call, accepts its arguments.
 
     Raises:
         TypeError: If it does not.
@@ -366,7 +366,7 @@ def _wrong_arguments(
     *,
     program: str = "the model, model",
 ) -> TypeError:
-    """Error for arguments that a model, or an encoder, does not take."""
+    """Error for arguments that a model, or an encoder, does not accept."""
     names, error = mismatch
     return TypeError(f"{who} expected the arguments of {program}({', '.join(names)}), {where}: {error}{advice}.")
 
@@ -380,7 +380,7 @@ def _signature(model: Model) -> inspect.Signature | None:
 
 
 def _mismatch(call: Call) -> tuple[list[str], TypeError] | None:
-    """Return the names of a model's arguments and the error, if it does not take those of a call."""
+    """Return the names of a model's arguments and the error, if it does not accept those of a call."""
     if (signature := _signature(call.program)) is None:
         return None
     try:
@@ -391,6 +391,6 @@ def _mismatch(call: Call) -> tuple[list[str], TypeError] | None:
 
 
 def _option_meant(name: str, options: Sequence[str]) -> str | None:
-    """Return the option that has this name elsewhere, or a similar spelling."""
+    """Return the option that has this name elsewhere, or is spelt similarly."""
     same = [option for option in options if name in OTHER_NAMES.get(option, ())]
     return next(iter([*same, *difflib.get_close_matches(name, options, n=1, cutoff=0.7)]), None)

@@ -1,4 +1,4 @@
-"""Plates of a model, and the minibatches that together score all rows of those that subsample."""
+"""Plates of a model, and the minibatches that together score all rows of subsampling plates."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 SHAPE_ONLY = ("__get__", "__len__", "__hash__", "size", "dim", "numel")
-"""Functions that depend on a tensor's shape and not on its values."""
+"""Functions that depend on a tensor's shape but not on its values."""
 
 
 class PartialRowsError(Exception):
-    """Raised with a clause that says why the rows that a plate leaves out cannot be scored."""
+    """Raised with a clause that explains why the rows that a plate leaves out cannot be scored."""
 
 
 class Subsampled(NamedTuple):
@@ -70,9 +70,9 @@ class Minibatch(Messenger):
 
     Args:
         rows: The rows of each plate.
-        weights: For each plate the weight of each of its rows, in place of Pyro's factor size / batch. Without,
-            the rows stand for all, and Pyro's factor stays.
-        share: For a set of plates, one over the number of runs with the same rows of these plates.
+        weights: For each plate the weight of each of its rows, replacing Pyro's factor size / batch. By default the
+            rows represent all, and Pyro's factor is used.
+        share: Maps a set of plates to one over the number of runs with the same rows of these plates.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class Minibatch(Messenger):
         weight: Tensor | float = self._share(frozenset(frame.name for frame in inside))
         for frame in inside:
             rows = weights[frame.name]
-            if frame.dim is None:  # one row after another, counted from one
+            if frame.dim is None:  # a sequential plate, whose counter starts at one
                 weight = weight * float(rows[frame.counter - 1])
             else:
                 weight = weight * rows.reshape(-1, *(1,) * (-frame.dim - 1))
         return weight
 
     def of_these_rows(self, value: Tensor, dims: Mapping[str, int]) -> Tensor:
-        """Select the rows of this run from a value of all rows, with plates at these dimensions of the value."""
+        """Select the rows of this run from a value of all rows, whose plates are at these dimensions."""
         for name, dim in dims.items():
             value = value.index_select(dim, self._rows[name].to(value.device))
         return value
@@ -119,10 +119,10 @@ def _covering(
     """Return runs of a model that together cover every row of its plates once.
 
     A row that the last minibatch of a plate shares with another has half its weight in each. Plates without a common
-    site iterate side by side, so that the number of runs is the largest of theirs; others in all combinations.
+    site iterate in parallel, so that the number of runs is the largest of theirs; others iterate in all combinations.
 
     Args:
-        plates: The plates that subsample.
+        plates: The subsampling plates.
         together: The sets of such plates around single sites.
         most, like: As in `minibatches_of`.
     """
@@ -150,8 +150,8 @@ def _covering(
 
 
 def _split(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split a plate into minibatches: rows, in random order, and their weights."""
-    # Random, since rows are often sorted, and a part of the minibatches may have to stand for the others.
+    """Split a plate into minibatches of rows, in random order, with their weights."""
+    # Random, since rows are often sorted, and some of the minibatches may have to represent the others.
     order = torch.randperm(plate.size, generator=torch.Generator().manual_seed(0))
     starts = [min(start, plate.size - plate.batch) for start in range(0, plate.size, plate.batch)]
     starts = starts[: int(min(most, len(starts)))]
@@ -181,14 +181,14 @@ def minibatches_of(
 ) -> tuple[list[Minibatch], str]:
     """Return the minibatches that score all rows of a model, and "".
 
-    If its rows cannot be chosen, return one minibatch that stands for all, and the reason as a clause; if no plate
-    subsamples, a single one.
+    If its rows cannot be chosen, return one minibatch that represents all, and the reason as a clause; if no plate
+    subsamples, a single minibatch.
 
     Args:
         run: A function that runs the model.
         sites: Its sites, from a trace.
-        like: A tensor of the dtype and device of the weights.
-        most: Maximum number of minibatches of a plate; of more, these stand for those left out.
+        like: A tensor with the dtype and device of the weights.
+        most: Maximum number of minibatches of a plate; if there are more, these represent the others.
     """
     if not any(map(subsampled, sites)):
         return [Minibatch({})], ""
@@ -239,7 +239,7 @@ class _SubsampleRecorder(Messenger):
 
 
 class _UseRecorder(TorchFunctionMode):
-    """Mode that records which plates' indices enter a function of torch, such as that of `data[rows]`."""
+    """Mode that records which plates' indices enter a torch function, such as `data[rows]`."""
 
     def __init__(self, recorder: _SubsampleRecorder) -> None:
         super().__init__()

@@ -22,18 +22,19 @@ from pyro_maf.infer.models.model import FAILURES, Call, Model, Trace, latent_sit
 __all__ = ["Posterior", "without_blocks"]
 
 TRIES = 100
-"""Maximum number of points at which a model is tried, as in NUTS, that raises or is improbable at initial values."""
+"""Maximum number of random points that are tried, as in NUTS, if the model raises or is improbable at initial
+values."""
 POINTS = 4
 """Number of points at which the effect of masked entries is tested."""
 MINIBATCHES = 8
-"""Maximum number of minibatches of a plate that subsamples; they stand for the others."""
+"""Maximum number of minibatches of a subsampling plate; they represent the others."""
 
 
 class Posterior:
     r"""log p(x, z(v)) |det dz/dv| in nats, (draws,), for latent vectors v, (draws, D).
 
     Discrete sites that are enumerated in parallel are summed out, including those that `pyro.poutine.block` hides from
-    a guide. Where a plate subsamples data, the rows of some minibatches stand for all.
+    a guide. If a plate subsamples data, the rows of some minibatches represent all.
 
     Args:
         call: The model of the guide, with its arguments.
@@ -43,8 +44,8 @@ class Posterior:
     Attributes:
         joint: The log joint density, as a function of the values of the sites.
         shapes: Shape of the value of each site.
-        centre: A latent vector that the model can score, (D,): that of the initial values if it is one.
-        is_complete: True if it is the posterior: no other random draws, and the latent variables of all rows.
+        centre: A latent vector that the model can score, (D,): the initial values if possible.
+        is_complete: True if this is the posterior, with no other random draws and the latent variables of all rows.
         is_vectorised: True if one run of the model scores many draws.
     """
 
@@ -53,7 +54,7 @@ class Posterior:
             example = candidate.replayed(prototype)
             hidden = [site for name, site in latent_sites(example).items() if name not in latents.parts]
             if all(map(is_enumerated, hidden)):
-                break  # and there are latent variables that belong to another guide
+                break  # there are latent variables that belong to another guide
         by_row = bool(latents.shapes_of_all_rows)
         self.shapes = {name: value.shape for name, value in latents.values.items()}
         most = math.inf if by_row else MINIBATCHES
@@ -67,7 +68,7 @@ class Posterior:
         self.is_complete = not self.joint.is_random and not (by_row and self.joint.partial)
 
     def _centre(self) -> Tensor:
-        """The initial values, or else the first point of the cube that the model can score, as one vector."""
+        """The initial values, or the first point of the cube that the model can score, as one vector."""
         initial = self._latents.initial()
         with seeded(0, initial.device):
             cube = UNIFORM * (2 * torch.rand(TRIES, len(initial), device=initial.device) - 1).to(initial)
@@ -75,7 +76,7 @@ class Posterior:
         return next((point for point in points if self.joint.can_score(self.unpacked(point[None])[0])), initial)
 
     def within(self, coordinates: Coordinates) -> Posterior:
-        """Return the same density, as one of coordinates."""
+        """Return the same density as a function of coordinates."""
         twin = copy.copy(self)
         twin._coordinates = coordinates
         return twin
@@ -86,14 +87,14 @@ class Posterior:
         return self.joint(values) + log_det
 
     def check_sites(self) -> None:
-        """Check that all runs so far had the same sites, as `LogJoint`."""
+        """Check that all runs so far had the same sites, like `LogJoint`."""
         self.joint.check_sites(self._latents.who)
 
     def prior_vectors(self, count: int) -> Tensor | None:
-        """Draw latent vectors from the prior, (count, D); None if that is not possible, as with an improper one."""
+        """Draw latent vectors from the prior, (count, D); None if that is impossible, as for an improper prior."""
         try:
             return self.packed(self.joint.prior_draws(count))
-        except (*FAILURES, NotImplementedError, KeyError):  # the last of a site that not every run has
+        except (*FAILURES, NotImplementedError, KeyError):  # the last if not every run has a site
             return None
 
     def packed(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -105,8 +106,8 @@ class Posterior:
     def leave_out_idle(self) -> None:
         """Leave out of the latent vector the entries that a mask excludes from the model.
 
-        Other masked entries, such as those of a flat prior, have a posterior by their likelihood. The test of an idle
-        entry: the gradient of the log joint density with respect to it is zero, and another value of it gives the same
+        Other masked entries, such as those with a flat prior, have a posterior due to their likelihood. An entry is
+        idle if the gradient of the log joint density with respect to it is zero, and another value of it gives the same
         density.
         """
         latents, loc = self._latents, self._latents.initial()
@@ -116,7 +117,7 @@ class Posterior:
         points = (loc + 0.5 * noise[:POINTS]).requires_grad_()
         with torch.enable_grad():
             scores = self.joint(self.unpacked(points)[0])
-            total = scores.sum() + 0 * points.sum()  # so that there is a gradient in any case
+            total = scores.sum() + 0 * points.sum()  # so that there is always a gradient
             (gradient,) = torch.autograd.grad(total, points)
         idle = masked & (gradient == 0).all(0)
         idle = torch.cat([_whole_events(part, idle) for part in latents.parts.values()])
@@ -127,7 +128,7 @@ class Posterior:
         self.centre = self.centre[~latents.idle]
 
     def unpacked(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Map latent vectors, (draws, D), to values of the sites, as `LogJoint` takes them; also return log |det|."""
+        """Map latent vectors, (draws, D), to values of the sites in the form of `LogJoint`; also return log |det|."""
         padded = latents.reshape(len(latents), *(1,) * self.joint.nesting, -1)
         images = None if self._coordinates is None else self._coordinates.images(self._latents, padded, self._call)
         values, log_det = self._latents.unpack(padded, images)
@@ -150,7 +151,7 @@ def without_blocks(model: Model) -> Model:
 
 
 def _whole_events(part: Part, idle: Tensor) -> Tensor:
-    """Restrict the idle entries of a site to transform events that are idle as a whole."""
+    """Restrict the idle entries of a site to those whose whole transform event is idle."""
     idle = idle[part.start : part.stop].reshape(part.shape)
     transform = part.transform
     while hasattr(transform, "base_transform"):

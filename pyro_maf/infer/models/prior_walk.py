@@ -19,7 +19,7 @@ from pyro_maf.infer.models.model import FAILURES, Call, Site
 __all__ = ["WAYS", "Step", "Way", "run_with", "walk"]
 
 Rule = Callable[[str, TorchDistribution], Tensor]
-"""The value of a latent site, by its name and its distribution in this run."""
+"""Maps a latent site's name and its distribution in this run to its value."""
 
 Pieces = Mapping[str, Tensor]
 """The unconstrained value of each site."""
@@ -28,10 +28,10 @@ Results = dict[str, tuple[Tensor, Tensor]]
 """Two tensors for each site."""
 
 Step = Callable[[Part, Tensor, TorchDistribution | None], tuple[Tensor, tuple[Tensor, Tensor]]]
-"""The value of a site, and the results of a step, by its part of a vector and its distribution, if it has one."""
+"""Maps a site's part of a vector, and its distribution if it has one, to its value and the results of the step."""
 
 Way = tuple[bool, bool]
-"""A way to run a model for many draws: whether it is mapped over them, and whether it then writes into tensors."""
+"""A way to run a model for many draws: whether under `vmap`, and whether it then writes into tensors."""
 
 WAYS: tuple[Way, ...] = ((False, False), (True, False), (True, True))
 
@@ -39,15 +39,15 @@ WAYS: tuple[Way, ...] = ((False, False), (True, False), (True, True))
 def walk(latents: Latents, vectors: Tensor, call: Call, step: Step, way: Way, strict: bool = False) -> Results:
     """Take a step at each site of vectors, in the shape that `Latents.split` takes; return the results of all steps.
 
-    Draws are batch dimensions, or else the model is mapped over them and sees one at a time, as may the step.
+    Draws are batch dimensions, or the model and the step are run under `vmap` and see one draw at a time.
 
     Args:
         latents: The layout of the latent vector.
         vectors: The vectors.
         call: The model with its arguments.
-        step: The step; its results have the dimensions of its part of the vectors, on the left.
+        step: The step; its results start with the dimensions of its part of the vectors.
         way: How the model is run for many draws.
-        strict: True if an error of the model is raised. If not, sites after it have no distribution, at that draw.
+        strict: Whether to raise an error of the model. If not, sites after it have no distribution, at that draw.
     """
     pieces = {part.site["name"]: piece for part, piece in latents.split(vectors)}
     walk_together = partial(_walk_once, latents, call, step)
@@ -75,7 +75,7 @@ def walk(latents: Latents, vectors: Tensor, call: Call, step: Step, way: Way, st
 
 
 def _walk_once(latents: Latents, call: Call, step: Step, pieces: Pieces, strict: bool = True) -> Results:
-    """Walk by one run of the model."""
+    """Walk in one run of the model."""
     results: Results = {}
 
     def value_of(name: str, fn: TorchDistribution | None) -> Tensor:
@@ -87,13 +87,13 @@ def _walk_once(latents: Latents, call: Call, step: Step, pieces: Pieces, strict:
     except FAILURES:
         if strict:
             raise
-    for name in pieces.keys() - results.keys():  # also in a branch of the model without a site
+    for name in pieces.keys() - results.keys():  # also if a branch of the model lacks a site
         value_of(name, None)
     return results
 
 
 def _halved(walk: Callable[[Pieces, bool], Results], pieces: Pieces, draws: int, strict: bool) -> Results:
-    """Walk for all draws together, or, if the model raises, for either half of them."""
+    """Walk for all draws together or, if the model raises, for each half of them."""
     try:
         return walk(pieces, strict or draws > 1)
     except FAILURES:
@@ -128,6 +128,6 @@ class _Walk(Messenger):
 
 
 def run_with(call: Call, names: Collection[str], rule: Rule) -> None:
-    """Run a model up to its last latent site, unseen by handlers around, each latent site with a value by a rule."""
+    """Run a model up to its last latent site, hidden from outer handlers, with values of latent sites from a rule."""
     with poutine.block(), suppress(_AllValuedError), _Walk(names, rule):
         call()

@@ -1,4 +1,4 @@
-"""The prior of a model as plain operations on the values of its sites, for a file that holds no model."""
+"""The prior of a model as plain operations on the values of its sites, for a file without the model."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ PRODUCTS = (
 )
 ACTIVATIONS = (
     *("celu", "elu", "hardshrink", "hardsigmoid", "hardtanh", "leaky_relu", "mish", "selu", "softplus", "softshrink"),
-    "threshold",  # earlier versions of torch do not say of these that they are by element
+    "threshold",  # earlier versions of torch do not tag these as elementwise
 )
 KNOWN = frozenset((*SHAPES, *SELECTIONS, *SUMS, *PRODUCTS, *ACTIVATIONS))
-"""torch's operations that a recorded prior may consist of, besides those by element."""
+"""Torch operations that a recorded prior may use, besides elementwise ones."""
 VIEWS = ("view", "_unsafe_view")
 """Operations on contiguous memory; `reshape` does the same on any."""
 SCALES, MATRIX = "scales", "matrix"
 PART = "part"
-"""The operation that takes one of several results."""
+"""The operation that selects one of several results."""
 OF_PLACE = ("device", "layout", "memory_format", "non_blocking", "pin_memory")
-"""Arguments that say where in memory a result is."""
+"""Arguments that determine where in memory a result is."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,22 @@ class _Number:
 
 
 class RecordedPrior(nn.Module, Savable):
-    r"""The prior's location and scale, or bounds, of some sites, as functions of the values of the sites before them.
+    r"""The prior's location and scale, or bounds, of some sites, as functions of the values of the preceding sites.
 
-    It is a Pyro model of latent sites in their order, to be run with their values and for any number of draws: the
-    operations are those of one draw, and `torch.vmap` runs them for many. Tensors are numbered: first come the sites'
+    It is a Pyro model of latent sites in their order, which can be run with their values for any number of draws: the
+    operations are those of one draw, and `torch.vmap` runs them for many. Tensors are numbered: first the sites'
     values, then constants, then the results of the operations.
 
     Args:
         sites: Name of every latent site, shape of its value, and number of plates around it.
-        priors: Name of each such site, what its tensors are, and their numbers: of a location and "scales" or a
-            "matrix", or of the bounds of a support of this name.
+        priors: For each such site, its name, the kind of its tensors, and their numbers: a location and "scales" or a
+            "matrix", or the bounds of a support with this name.
         constants: Shape and dtype of each constant, whose values are in the state_dict.
-        steps: The operations as JSON, each a list of its name, its arguments and those by name, in which
+        steps: The operations as JSON, each a list of its name, positional and keyword arguments, in which
             `{"tensor": 3}` stands for a tensor and `{"dtype": "float64"}` for a dtype.
 
     Raises:
-        ValueError: For an operation that is none of those on numbers alone.
+        ValueError: For an operation that is not allowed.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RecordedPrior(nn.Module, Savable):
 
     @property
     def correlated(self) -> list[str]:
-        """Names of those whose scale is a matrix."""
+        """Names of the sites whose scale is a matrix."""
         return [name for name, (kind, _) in self._priors.items() if kind == MATRIX]
 
     @property
@@ -122,7 +122,7 @@ class RecordedPrior(nn.Module, Savable):
         return [name for name, (kind, _) in self._priors.items() if kind not in (SCALES, MATRIX)]
 
     def _by_site(self) -> list[list[int]]:
-        """Numbers of the results that can be computed once a site has its value, which is the last that they need."""
+        """For each site, the results that can be computed once it has its value, which is the last that they need."""
         segments: list[list[int]] = [[] for _ in self._sites]
         last = [*range(self._values), *[0] * self._constants]
         for number in range(len(last), len(last) + len(self._steps)):
@@ -140,7 +140,7 @@ class RecordedPrior(nn.Module, Savable):
         return [leaf.number for leaf in leaves if isinstance(leaf, _Number)]
 
     def forward(self, *args: object, **kwargs: object) -> None:
-        """Run as a Pyro model in which every site has a value. Arguments are ignored."""
+        """Run as a Pyro model in which every site has a value; arguments are ignored."""
         found: dict[int, Tensor] = {}
         most = max(nests for _, nests in self._sites.values())
         draws = torch.Size()
@@ -175,7 +175,7 @@ class RecordedPrior(nn.Module, Savable):
         return self.get_buffer(f"constant_{constant}") if 0 <= constant < self._constants else found[place.number]
 
     def _distribution(self, name: str, found: Mapping[int, Tensor], lead: Sequence[int]) -> TorchDistribution:
-        """A distribution of a site's location and scale, or bounds, in dimensions of the draws and then of the site."""
+        """A distribution with a site's location and scale, or bounds, in the shape of the draws and of the site."""
         dims, (kind, numbers) = len(self._sites[name][0]), self._priors[name]
         tensors = []
         for number, width in zip(numbers, (dims, dims + (kind == MATRIX)), strict=False):
@@ -192,7 +192,7 @@ class RecordedPrior(nn.Module, Savable):
 
 
 def recorded_prior(latents: Latents, coordinates: Coordinates, call: Call, dtype: torch.dtype) -> RecordedPrior:
-    """Record what the prior has to say of the sites that coordinates map: location and scale, or bounds.
+    """Record the prior of the sites that coordinates map: location and scale, or bounds.
 
     Args:
         latents: The layout of the latent vector.
@@ -201,7 +201,7 @@ def recorded_prior(latents: Latents, coordinates: Coordinates, call: Call, dtype
         dtype: The dtype of the values.
 
     Raises:
-        UnrecordedError: If it draws random numbers, branches on values or takes operations besides the known ones.
+        UnrecordedError: If it draws random numbers, branches on values or uses operations that are not allowed.
         TypeError: If a support that moves is not one of those with bounds.
     """
     values = {name: value.detach().to(dtype, copy=True) for name, value in latents.values.items()}
@@ -278,7 +278,7 @@ def _described_step(node: fx.Node, numbers: Mapping[fx.Node, int]) -> object:
 
 
 def _decoded(value: Any) -> Any:
-    """An argument by its description, with a tensor by its number."""
+    """Convert the description of an argument; tensors become numbers."""
     if isinstance(value, dict):
         return _Number(int(value["tensor"])) if "tensor" in value else _dtype(value["dtype"])
     return [_decoded(item) for item in value] if isinstance(value, list) else value
@@ -302,7 +302,7 @@ def _checked(name: str) -> str:
 
 
 def _is_known(name: str) -> bool:
-    """True if an operation is in the list, or by element, without random numbers and without changing its arguments."""
+    """Return whether an operation is allowed: listed or elementwise, without random numbers or in-place changes."""
     operation = _operation(name)
     if not isinstance(operation, OpOverload):
         return False
@@ -312,6 +312,6 @@ def _is_known(name: str) -> bool:
 
 @cache
 def _operation(name: str) -> Any:
-    """torch's operation of a name such as `exp` or `add.Tensor`; anything else if there is none of a name."""
+    """The torch operation with a name such as `exp` or `add.Tensor`; something else if there is none."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)

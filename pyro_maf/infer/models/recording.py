@@ -1,4 +1,4 @@
-"""Recording of functions of tensors as plain sequences of torch's operations, with the gradient or without."""
+"""Recording of functions of tensors as plain sequences of torch operations, with or without the gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Derivatives", "Recording", "UnrecordedError", "operations_of", "plai
 
 aten = torch.ops.aten
 ALIASES = (aten.detach.default, aten.alias.default)
-"""Operations that return their argument, where no gradient is recorded."""
+"""Operations that return their argument if no gradient is recorded."""
 READ = aten._local_scalar_dense.default
 """The operation by which a program reads a number."""
 UNCERTAIN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -41,17 +41,17 @@ OF_SHAPE = (
     aten.new_ones.default,
     aten.new_full.default,
 )
-"""Operations whose result depends on the shape of their argument alone."""
+"""Operations whose result depends only on the shape of their argument."""
 OUT_OF_PLACE = {aten.logical_and_.default: aten.logical_and.default}
-"""Operations in place on conditions, as in the gradient of a clamp, and those that return the same."""
+"""In-place operations on conditions, as in the gradient of a clamp, and their out-of-place equivalents."""
 GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
-"""Operations whose output has a shape that depends on values only if an index is a mask."""
+"""Operations whose output shape depends on values only if an index is a mask."""
 
 STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
 INSTALLED = ("site-packages", "dist-packages")
-"""Folders of other packages, which may be within that of Python's own modules."""
+"""Folders of other packages, which may be inside that of Python's standard library."""
 TAKERS = ("next", "pop", "popleft", "popitem")
-"""Built-in functions that change what they are called on, and return a part of it."""
+"""Built-in functions that change the object they are called on, and return a part of it."""
 
 Program = Callable[..., tuple[Tensor | None, ...]]
 Function = Callable[[Tensor], Tensor]
@@ -64,7 +64,7 @@ class Derivatives(NamedTuple):
     Attributes:
         values: (rows,).
         gradient: With respect to the argument, (rows, D).
-        of_weights: With respect to each weight; None for those that the function does not use.
+        of_weights: With respect to each weight; None for weights that the function does not use.
     """
 
     values: Tensor
@@ -75,9 +75,9 @@ class Derivatives(NamedTuple):
 class Recording:
     """A function and its gradient as a sequence of operations, for arguments of one shape.
 
-    What does not depend on the argument or on the weights is computed once. It is refused where the function draws
-    random numbers, changes a tensor or an object that exists outside of it, or has an output whose shape depends on
-    values. Where it reads whether a condition holds, as the validation of a distribution's arguments does, the
+    Everything that does not depend on the argument or on the weights is computed once. A function cannot be recorded if
+    it draws random numbers, changes a tensor or an object that exists outside of it, or has an output whose shape
+    depends on values. If it reads whether a condition holds, as the validation of a distribution's arguments does, the
     recording is for that outcome, and calls with another outcome return None.
     """
 
@@ -93,10 +93,10 @@ class Recording:
 
     @property
     def is_current(self) -> bool:
-        """False once a tensor outside of the function, which it reads, has been changed."""
+        """False once an external tensor that the function reads has changed."""
         return self._versions == [tensor._version for tensor in self._externals]
 
-    @torch.inference_mode()  # in which an operation costs a tenth less than without gradients
+    @torch.inference_mode()  # makes an operation a tenth cheaper than without gradients
     def __call__(self, argument: Tensor) -> Derivatives | None:
         """Return values and gradients; None if a condition differs from the recorded one."""
         holds, values, gradient, *others = self._program(argument, *self._weights, *self._constants)
@@ -126,29 +126,29 @@ def record(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> R
         if watch.has_effects or found[0] is None:
             return None
         return Recording(recorder.entries, [argument, *weights], [values, *found])
-    except Exception:  # what torch cannot record may fail in any way, and what is wrong shows in a plain run
+    except Exception:  # recording may fail in any way, and errors of the function show in a plain run
         return None
 
 
 def plain_derivatives(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> Derivatives:
-    """Values and gradients of a function, as a recording returns them, by a plain run."""
+    """Values and gradients of a function, in the form of a recording's, by a plain run."""
     argument = argument.detach().requires_grad_()
     with torch.enable_grad():
         values = function(argument)
-        total = values.sum() + 0.0 * argument.sum()  # so that there is a gradient in any case
+        total = values.sum() + 0.0 * argument.sum()  # so that there is always a gradient
         gradient, *others = torch.autograd.grad(total, [argument, *weights], allow_unused=True)
     return Derivatives(values.detach(), gradient, list(others))
 
 
 class UnrecordedError(Exception):
-    """Raised where a function cannot be recorded."""
+    """Raised if a function cannot be recorded."""
 
 
 def operations_of(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[fx.Graph, list[Tensor]]:
     """Record a function of some tensors, for their shapes and without its gradient.
 
     Returns:
-        Its graph, with a placeholder for each input and then for each constant, and the constants.
+        Its graph, with placeholders for the inputs and then the constants, and the constants.
 
     Raises:
         UnrecordedError: If it draws random numbers, changes a tensor outside of it, reads a number from a tensor, or
@@ -179,7 +179,7 @@ class _Entry(NamedTuple):
         return (leaf for leaf in tree_leaves(self.result) if isinstance(leaf, Tensor))
 
     def takes(self, tensor: Tensor) -> bool:
-        """True if a tensor is one of the arguments, as the result of an operation in place is."""
+        """Return whether a tensor is one of the arguments, like the result of an in-place operation."""
         return any(tensor is each for each in self.inputs)
 
     @property
@@ -193,15 +193,15 @@ class _Entry(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Mode that records every operation below autograd, and so those of a gradient too."""
+    """Mode that records every operation below autograd, and thus those of a gradient too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: list[_Entry] = []  # which hold all tensors, so that none has the identity of another
+        self.entries: list[_Entry] = []  # references to all tensors, so that no two have the same identity
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's compiler, which takes a second to load, has no part in this
+        return False  # torch's compiler, which takes a second to load, is not involved
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -217,7 +217,7 @@ class _Recorder(TorchDispatchMode):
 class _Builder:
     """Builder of a program from the operations that depend on its inputs; the others are constants.
 
-    Operations that were recorded before are left out, as a tracer would not: many of a model's small ones are such.
+    Repeated operations are merged, unlike in a tracer: many of a model's small ones are.
     """
 
     def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor]) -> None:
@@ -241,7 +241,7 @@ class _Builder:
         return [tensor for _, tensor in self._constants.values()]
 
     def build(self, outputs: Sequence[Tensor]) -> bool:
-        """Build the graph of the conditions and these outputs; return True if there are conditions."""
+        """Build the graph of the conditions and these outputs; return whether there are conditions."""
         for entry in self._entries:
             if self._is_live(entry):
                 self._add(entry)
@@ -262,7 +262,7 @@ class _Builder:
         return entry.operation not in OF_SHAPE and any(id(each) in self._nodes for each in entry.inputs)
 
     def _is_of_changed(self, entry: _Entry) -> bool:
-        """True if an operation reads or writes memory that is changed in place."""
+        """Return whether an operation reads or writes memory that is changed in place."""
         return any(_storage(each) in self._changed for each in (*entry.inputs, *entry.outputs))
 
     def _add(self, entry: _Entry) -> None:
@@ -281,7 +281,7 @@ class _Builder:
         node = self._equal.get(key) if is_pure else None
         if node is None:
             node = self.graph.call_function(operation, args, kwargs)
-        if result is None or operation._schema.is_mutable:  # as of a check of errors
+        if result is None or operation._schema.is_mutable:  # for instance a check of errors
             self._effects.add(node)
         node.meta["is_ordered"] = node in self._effects or self._is_of_changed(entry)
         if isinstance(result, Tensor):
@@ -301,7 +301,7 @@ class _Builder:
                 self._nodes.setdefault(id(part), taken)
 
     def _is_by_number(self, entry: _Entry) -> bool:
-        """True if no index of a gather is a mask that depends on the inputs."""
+        """Return whether no index of a gather is a mask that depends on the inputs."""
         masks = (each for each in entry.inputs if each.dtype in (torch.bool, torch.uint8))
         return not any(id(each) in self._nodes for each in masks)
 
@@ -337,7 +337,7 @@ class _Builder:
 
 
 def _out_of_place(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Write operations in place on conditions of which there are no views as others: these can be fused."""
+    """Replace in-place operations on conditions without views by out-of-place ones, which can be fused."""
     tensors: dict[int, set[int]] = defaultdict(set)
     for entry in entries:
         for each in (*entry.inputs, *entry.outputs):
@@ -353,28 +353,28 @@ def _out_of_place(entries: Sequence[_Entry]) -> list[_Entry]:
 def _storage(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # as of a sparse tensor
+    except (RuntimeError, NotImplementedError):  # for instance for a sparse tensor
         raise UnrecordedError from None
 
 
 class _Watch:
-    """Watch over the Python code that runs while entered, for effects on objects that outlive it.
+    """Watch over the Python code that runs inside the context, for effects on objects that outlive it.
 
     Attributes:
-        has_effects: True if code that is not torch's, Pyro's, Python's or this package's has some.
+        has_effects: True if code outside of torch, Pyro, Python and this package has any.
     """
 
     def __init__(self) -> None:
         self.has_effects = False
 
     def __enter__(self) -> _Watch:
-        # Finalizers of garbage are no part of what is watched.
+        # Finalizers of garbage do not belong to the watched code.
         self._collects = gc.isenabled()
         gc.disable()
         self._before = sys.getprofile()
         if self._before is None:
             sys.setprofile(self._see)
-        else:  # a profiler takes its place
+        else:  # a profiler is active
             self.has_effects = True
         return self
 
@@ -393,7 +393,7 @@ class _Watch:
 
 @cache
 def _has_effects(code: CodeType) -> bool:
-    """True if code assigns to attributes, except to those of a new object, or to names of an outer scope."""
+    """Return whether code assigns to attributes, except to those of a new object, or to names of an outer scope."""
     if _is_library(code.co_filename):
         return False
     instructions = [(each.opname, each.argval) for each in dis.get_instructions(code)]
@@ -413,7 +413,7 @@ def _is_library(filename: str) -> bool:
 
 @cache
 def _library_folders() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The folders of torch, Pyro, what it sums discrete sites out by and this package, and Python's own modules."""
+    """Folders of torch, Pyro, its package for summing out discrete sites, this package and the standard library."""
     packages = [Path(str(import_module(name).__file__)).parent for name in ("torch", "pyro", "opt_einsum")]
     standard = [path for name, path in sysconfig.get_paths().items() if "stdlib" in name]
     return tuple(f"{folder}/" for folder in (*packages, Path(__file__).parents[1])), tuple(

@@ -56,19 +56,19 @@ BOUNDED = {
     "interval": ("lower_bound", "upper_bound"),
     "half_open_interval": ("lower_bound", "upper_bound"),
 }
-"""Constraints with bounds, and the names of these."""
+"""Constraints with bounds, and the names of their bounds."""
 
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
-"""Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
+"""Maximum absolute log-scale; its exponential can be squared and divided by."""
 
 MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", ())
 """Class of the supports of mixtures; none before torch 2.8, where a mixture has the support of its components."""
 
 
 class _LowerCholesky(Transform):
-    """Bijection of n (n + 1) / 2 real numbers to the lower triangular n x n matrices with a positive diagonal.
+    """Bijection from n (n + 1) / 2 real numbers to lower triangular n x n matrices with a positive diagonal.
 
-    torch's map is from all n x n numbers, of which it ignores half.
+    torch's map takes all n x n numbers, and ignores half of them.
     """
 
     domain = constraints.real_vector
@@ -109,7 +109,7 @@ class _LowerCholesky(Transform):
 
 
 class _PositiveDefinite(_LowerCholesky):
-    """Bijection of n (n + 1) / 2 real numbers to the positive definite n x n matrices, by their Cholesky factor L."""
+    """Bijection from n (n + 1) / 2 real numbers to positive definite n x n matrices, by their Cholesky factor L."""
 
     codomain = constraints.positive_definite
 
@@ -125,7 +125,7 @@ class _PositiveDefinite(_LowerCholesky):
         return super()._inverse(factor.where((failed == 0)[..., None, None], torch.nan))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of L to L L^T: 2^n times the product of the diagonal's powers, n for the first entry to 1 for the last."""
+        """Also of L to L L^T: 2^n times the product of the diagonal's powers, from n for the first entry to 1."""
         size = y.shape[-1]
         diagonal = torch.arange(size, device=x.device)
         logs = x[..., (diagonal + 1) * (diagonal + 2) // 2 - 1]
@@ -136,11 +136,11 @@ class _PositiveDefinite(_LowerCholesky):
 def support_map(support: Constraint) -> Transform:
     """Return the bijection from real numbers to a support.
 
-    It is torch's, except for matrices, of which torch has no bijection with a log-determinant, and for mixtures, whose
+    It is torch's, except for matrices, for which torch has no bijection with a log-determinant, and for mixtures, whose
     support is that of their components.
 
     Raises:
-        NotImplementedError: If there is none.
+        NotImplementedError: If there is no bijection.
     """
     if isinstance(support, MIXTURE):
         return support_map(support.base_constraint)
@@ -154,7 +154,7 @@ def support_map(support: Constraint) -> Transform:
 
 
 def entry_map(fn: Distribution) -> Transform:
-    """Return the bijection from a real number to each entry of a support that is one of entries, as an interval."""
+    """Return the bijection from a real number to each entry of an elementwise support, such as an interval."""
     return support_map(_of_entries(cast("Constraint", fn.support)))
 
 
@@ -165,7 +165,7 @@ def _of_entries(support: Constraint) -> Constraint:
 
 
 def within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
-    """Clamp scales away from 0 and infinity, at which a model would raise for one draw among many."""
+    """Clamp scales away from 0 and infinity, where a model would raise for one draw among many."""
     while isinstance(transform, (IndependentTransform, ComposeTransform)):
         parts = transform.parts if isinstance(transform, ComposeTransform) else [transform.base_transform]
         if not parts:
@@ -187,10 +187,10 @@ def tensors_of(value: object) -> Iterator[Tensor]:
 
 
 def bounds_of(support: Constraint) -> tuple[str, list[float | Tensor]]:
-    """Name and bounds of a support whose entries have some.
+    """Name and bounds of an elementwise support with bounds.
 
     Raises:
-        TypeError: If it is none of the known ones.
+        TypeError: If the support is unknown.
     """
     support = _of_entries(support)
     for name, bounds in BOUNDED.items():
@@ -207,10 +207,10 @@ def support_between(name: str, bounds: Sequence[float | Tensor]) -> Constraint:
 
 
 def described_support(support: Constraint) -> Any:
-    """Describe a support as plain values, which JSON holds: a name, or a dictionary.
+    """Describe a support as JSON values: a name, or a dictionary.
 
     Raises:
-        TypeError: If it is none of the known ones.
+        TypeError: If the support is unknown.
     """
     if isinstance(support, MIXTURE):
         return described_support(support.base_constraint)
@@ -227,7 +227,7 @@ def described_support(support: Constraint) -> Any:
 
 
 def support_of(described: Any) -> Constraint:
-    """Return the support that `described_support` described.
+    """Return the support described by `described_support`.
 
     Raises:
         LookupError, TypeError, ValueError: If it is not such a description.

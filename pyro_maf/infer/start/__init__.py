@@ -1,1 +1,1 @@
-"""Start of a guide: ascents to the modes of a posterior, and normals around them."""
+"""Initialisation of a guide: ascents to the modes of a posterior, and normals around them."""

@@ -1,7 +1,7 @@
 r"""Ascents to modes of a log-density: a damped Newton iteration, or BFGS, from several points in one batch.
 
-The Newton step is that of |H|, whose eigenvalues are the absolute ones of the Hessian, so that saddles repel it. Where
-there is no Hessian, and in many dimensions, the inverse Hessian is estimated from the gradients on the way.
+The Newton step uses |H|, with the absolute eigenvalues of the Hessian, so that saddles repel it. If there is no
+Hessian, and in many dimensions, the inverse Hessian is estimated from the gradients along the way.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["Ascents", "Place"]
 CONVERGED = 1e-4
 """Gain of a step, in nats, below which an ascent ends."""
 AT_REST = 1e-2
-"""Half the squared length of a Newton step, in nats, below which its point is a mode up to that many nats."""
+"""Half the squared length of a Newton step, in nats, below which a point counts as a mode."""
 LARGEST_SCALES = (math.inf, 10.0, 1.0)
 HALVINGS = 12
 HISTORY = 20
 QUASI_STEPS = 4
-"""BFGS iterations in place of one of Newton's."""
+"""Number of BFGS iterations that replace one Newton iteration."""
 
 
 class Curvature:
     """A precision matrix |-H|, by its eigendecomposition in units in which its diagonal is one.
 
-    Rounding errors are smallest in those units: predictors of different scales differ in the diagonal alone.
+    Rounding errors are smallest in these units: predictors with different scales differ only in the diagonal.
 
     Args:
         precision: Negative Hessian -H, (D, D).
@@ -50,7 +50,7 @@ class Curvature:
         scaled = precision * self._units * self._units[:, None]
         values, self._vectors = torch.linalg.eigh((scaled + scaled.T) / 2)
         self.is_maximum = bool(values[0] > 0)
-        # A density without curvature, as a Laplace's, has none in any units: 1 is that of the diagonal otherwise.
+        # A density without curvature, such as Laplace's, has none in any units; otherwise 1 is that of the diagonal.
         self._values = values.abs().clamp(min=floor * max(1.0, float(values.abs().max())))
 
     def solve(self, gradient: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Curvature:
         return (self._units * (self._vectors @ (turned / self._values))).to(self._like)
 
     def normal(self, loc: Tensor, largest: float) -> Normal:
-        """The normal of this precision, with no scale above `largest`."""
+        """The normal with this precision, with no scale above `largest`."""
         root = self._units[:, None] * self._vectors * self._values.rsqrt()
         covariance = root @ root.T
         if largest < math.inf:
@@ -82,7 +82,7 @@ class _Quasi:
         bent, self.gradient = self.gradient - gradient, gradient
         along, square = moved @ bent, bent @ bent
         if along > 1e-8 * square:  # the curvature is positive
-            if self._updates % HISTORY == 0:  # forget the curvature of points far away
+            if self._updates % HISTORY == 0:  # discard the curvature of distant points
                 self.covariance = torch.eye(len(moved)).to(moved) * (along / square)
             projected = self.covariance @ bent
             outer = torch.outer(moved, projected) / along
@@ -91,40 +91,40 @@ class _Quasi:
         self._updates += 1
 
     def normal(self, loc: Tensor) -> Normal | None:
-        """The normal of this covariance, None if it is not one."""
+        """The normal with this covariance, or None if it is not positive definite."""
         factor, failed = torch.linalg.cholesky_ex(self.covariance)
         return None if failed else Normal(loc, factor)
 
 
 class Place(NamedTuple):
-    """A point of an ascent, with the curvature there, or the normal of an estimated one."""
+    """A point of an ascent, with the curvature there, or a normal from an estimate of it."""
 
     loc: Tensor
     curvature: Curvature | None = None
     estimate: Normal | None = None
 
     def normals(self) -> list[Normal]:
-        """Return the normals of the curvature: with scales of any size, and of at most 10 and 1."""
+        """Return the normals for the curvature: with unbounded scales, and with scales of at most 10 and 1."""
         if self.curvature is not None:
             return [self.curvature.normal(self.loc, largest) for largest in LARGEST_SCALES]
         return [] if self.estimate is None else [self.estimate]
 
 
 class Ascents:
-    r"""Ascents of a log-density from several points, a step of all in one batch of evaluations.
+    r"""Ascents of a log-density from several points; a step evaluates all of them in one batch.
 
     Args:
         log_density: Log-density of vectors, (rows, D) to (rows,), in nats.
         points: Starting points, (ascents, D).
-        vectorised: True if many rows cost about as much as one; if not, there is one ascent.
+        vectorised: Whether many rows cost about as much as one; if not, there is a single ascent.
         newton: True for Newton's iteration, False for BFGS.
 
     Attributes:
-        locs: Where they are, (ascents, D).
+        locs: Current points, (ascents, D).
         values: Log-density there, (ascents,).
-        active: Mask over the ascents that have not ended.
-        at_mode: Mask over those that have ended at a mode.
-        paths: The places that each has come through.
+        active: Mask of the ascents that have not ended.
+        at_mode: Mask of those that have ended at a mode.
+        paths: The places that each has passed.
     """
 
     def __init__(self, log_density: Score, points: Tensor, vectorised: bool, newton: bool) -> None:
@@ -163,20 +163,20 @@ class Ascents:
         self.at_mode[row] = at_mode
 
     def _newton_step(self, rows: list[int]) -> list[int]:
-        """Take a step of Newton's iteration; return the rows that have no Hessian."""
+        """Take a Newton step; return the rows that have no Hessian."""
         if not rows:
             return []
         before = self.locs[rows]
         try:
             gradients, hessians = _derivatives(self._log_density, before, self._vectorised)
-        except FAILURES:  # such as of an operation without a second derivative
+        except FAILURES:  # for instance of an operation without a second derivative
             self._newton = False
             return rows
         moving, steps, without = [], [], []
         for row, loc, gradient, hessian in zip(rows, before, gradients, hessians, strict=True):
             if not gradient.isfinite().all():
                 self._end(row, at_mode=False)
-            elif not hessian.isfinite().all():  # as of torch.logaddexp, with one term far below
+            elif not hessian.isfinite().all():  # for instance of torch.logaddexp, with one term far below
                 without.append(row)
             else:
                 curvature = Curvature(-hessian)
@@ -190,7 +190,7 @@ class Ascents:
         return without
 
     def _quasi_step(self, rows: list[int]) -> None:
-        """Take a step of BFGS."""
+        """Take a BFGS step."""
         states = [self._quasi[row] for row in rows]
         before = self.locs[rows]
         self._move(rows, torch.stack([state.covariance @ state.gradient for state in states]))
@@ -201,15 +201,15 @@ class Ascents:
             self.at_mode[row] = not self.active[row] and rest < AT_REST
 
     def _gradients(self, rows: list[int]) -> dict[int, Tensor]:
-        """Return the gradients of rows by row; end those of which it is not finite."""
+        """Return gradients by row; end the ascents whose gradient is not finite."""
         if not rows:
             return {}
         points = self.locs[rows].requires_grad_()
         try:
             with torch.enable_grad():
-                total = self._log_density(points).sum() + 0 * points.sum()  # so that there is a gradient in any case
+                total = self._log_density(points).sum() + 0 * points.sum()  # so that there is always a gradient
                 (gradients,) = torch.autograd.grad(total, points)
-        except FAILURES:  # such as of an operation without a derivative
+        except FAILURES:  # for instance of an operation without a derivative
             gradients = torch.full_like(points, torch.nan)
         finite = {}
         for row, gradient in zip(rows, gradients, strict=True):

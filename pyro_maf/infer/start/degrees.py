@@ -1,4 +1,4 @@
-"""Initial degrees of centring of a guide's coordinates, and a diagonal normal in them."""
+"""Initial degrees of centring of a guide's coordinates, and a diagonal normal in these coordinates."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ ROUNDS, STEPS = 3, 60
 FAR = RATE * STEPS / 4
 """Distance that takes half of the steps of a round, whose rate falls."""
 FEW = 200
-"""Maximum number of dimensions for which the noise of all steps is the same, and there are ascents by Hessians."""
+"""Maximum number of dimensions for which all steps use the same noise, and there are ascents with Hessians."""
 PROBES, FULL = 8, 50
 """Number of random vectors for the diagonal of a precision, at each draw; and the size of a matrix up to which all
-entries are computed, which of a process with data at its points are those of the diagonal."""
+entries are computed. A process with data at its points has a diagonal one."""
 REACH, TOLERANCE = 2.0, 3e-3
-"""Factor of a normal's noise within which a site is tested, and relative error of a precision: of a thousand entries
-with that, the divergence is 0.002 nats."""
+"""Factor of a normal's noise within which a site is tested, and relative error of a precision; for a thousand entries
+with that error, the divergence is 0.002 nats."""
 
 
 def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, loc: Tensor) -> Tensor:
-    """Set degrees of centring to the share of the data in the precision of each entry, at draws of a diagonal normal.
+    """Set degrees of centring to the data's share of the precision of each entry, at draws of a diagonal normal.
 
-    The normal is that of the largest bound at fixed noise, fitted in rounds: first with degrees that are fitted along,
-    then in the coordinates that the draws of the round before led to.
+    The normal maximises the bound at fixed noise. It is fitted in rounds: first with degrees that are fitted as well,
+    then in the coordinates that result from the draws of the previous round.
 
     Args:
         coordinates: The coordinates.
@@ -51,14 +51,14 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
     Returns:
         Location and log-scale of the normal, (2, D), in the final coordinates.
 
-    Cost: 180 gradients for 32 rows each, and 16 products of a Hessian and a vector; where the normal is far from `loc`,
-        an ascent and 60 gradients more.
+    Cost: 180 gradients for 32 rows each, and 16 Hessian-vector products; if the normal is far from `loc`, an ascent and
+        60 more gradients.
     """
     noise = fixed_noise(loc)
     fixed = None if len(loc) > FEW else noise
     place = diagonal_normal(score, narrow_place(loc), STEPS, noise=fixed, degree=coordinates.degree)
     if len(loc) <= FEW and bool(((place[0] - loc).abs() > FAR).any()):
-        # Steps of Adam have the units of the latent variables, and end half-way to an intercept of hundreds.
+        # Adam's steps have the units of the latent variables, and end half-way to an intercept of hundreds.
         normal = best_normal(score, loc)
         scale = torch.cholesky_inverse(normal.scale_tril).diagonal().rsqrt()
         place = torch.stack([normal.loc, scale.log()])
@@ -72,7 +72,7 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
 def _updated(
     coordinates: Coordinates, latents: Latents, call: Call, score: Score, draws: Tensor, place: Tensor
 ) -> Tensor:
-    """Update the degrees by draws; return location and log-scale of the draws in the new coordinates."""
+    """Update the degrees from draws; return location and log-scale of the draws in the new coordinates."""
 
     def update(draws: Tensor) -> Tensor:
         with torch.no_grad():
@@ -82,10 +82,10 @@ def _updated(
             return coordinates.of_values(latents, values, call)[0]
 
     try:
-        # What data add to the precision of a smooth process is a millionth of it.
+        # The data's contribution to the precision of a smooth process is a millionth of it.
         is_wide = in_double(score, draws[0]) is not None
         moved = (promoted(update)(draws.double()) if is_wide else update(draws)).to(place)
-    except FAILURES:  # such as an operation without a second derivative
+    except FAILURES:  # for instance of an operation without a second derivative
         return place
     if not bool(moved.isfinite().all()):
         return place
@@ -101,10 +101,10 @@ def _set_by_precision(
     values: Mapping[str, Tensor],
     call: Call,
 ) -> None:
-    """Set each degree, for good, to the share of the data in the precision given the rest, at draws of every site.
+    """Fix each degree at the data's share of the precision given the rest, at draws of every site.
 
-    The rest are coordinates: of a site that is the location of others, what these have to say of it is then that of
-    their data, as they would move along with it.
+    The rest are coordinates. For a site that is the location of others, the contribution of these is then that of their
+    data, since they would move along with it.
     """
     priors = coordinates.priors(latents, values, call)
     slopes = {name: coordinates.slope(latents.parts[name], prior) for name, prior in priors.items()}
@@ -143,8 +143,8 @@ def _signs(like: Tensor) -> Tensor:
 def _shares(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Tensor]:
     """Precision of the data about each entry given all other coordinates, relative to the prior's at the mean scale.
 
-    Hutchinson's estimate of the diagonal. Sites are probed in turns: what neighbours in the model have to do with each
-    other is no noise of it.
+    Uses Hutchinson's estimate of the diagonal. Sites are probed in turn, so that dependence between neighbours in the
+    model does not add noise.
     """
     total: dict[str, Tensor] = {}
     turns = min(PROBES, len(priors))
@@ -163,10 +163,10 @@ def _shares(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Te
 
 
 def _precisions(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Tensor]:
-    """Precision matrix of the data about each site given all other coordinates, (*site, n); in turns, as above."""
+    """Precision matrix of the data about each site given all other coordinates, (*site, n); in turn, as above."""
     columns: dict[str, list[Tensor]] = {name: [] for name in priors}
     with seeded(0, next((prior.loc.device for prior in priors.values()), None)):
-        # Neighbours in plates have to do with each other by other sites alone: their signs are no noise.
+        # Neighbours in plates depend on each other only through other sites: their signs add no noise.
         signs = {name: torch.stack([_signs(prior.loc[0]) for _ in range(PROBES)]) for name, prior in priors.items()}
     for name, sign in signs.items():
         if (size := sign.shape[-1]) <= FULL:
@@ -185,7 +185,7 @@ def _precisions(priors: Mapping[str, LocationScale], along: Product) -> dict[str
 
 
 def _of_columns(signs: Tensor, columns: Tensor) -> Tensor:
-    """The matrix, or its diagonal, of the products with some signs, (probes, *site)."""
+    """The matrix, or its diagonal, from its products with some signs, (probes, *site)."""
     size = signs.shape[-1]
     if size <= FULL:
         return (columns * signs.sum(-1, keepdim=True)).movedim(0, -1)
@@ -193,7 +193,7 @@ def _of_columns(signs: Tensor, columns: Tensor) -> Tensor:
 
 
 def _positive(matrix: Tensor) -> Tensor:
-    """The symmetric part of a matrix without negative eigenvalues; 0 if it is not finite."""
+    """The symmetric part of a matrix, with negative eigenvalues set to 0; 0 if it is not finite."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) / 2)
     return (vectors * values.clamp(min=0.0)[..., None, :]) @ vectors.mT
 
@@ -201,16 +201,16 @@ def _positive(matrix: Tensor) -> Tensor:
 def normal_sites(
     coordinates: Coordinates, latents: Latents, score: Score, place: Callable[[Tensor], Tensor]
 ) -> list[str]:
-    """Return the sites with a degree of which every entry is normal given all others, with linear mean and fixed scale.
+    """Return the sites with a degree whose entries are all normal given the others, with linear mean and fixed scale.
 
-    Of such an entry the gradient between two points differs by the product of the Hessian, at either of them, with
-    their distance. The points are pairs in draws of a normal, twice as far out.
+    For such an entry, the gradients at two points differ by the product of the Hessian, at either of them, with their
+    difference. The points are pairs of draws of a normal, twice as far out.
 
     Args:
         coordinates, latents, score: As in `fit_degrees`.
         place: The normal, as a function of standard normal noise, (rows, D).
 
-    Cost: one gradient and one product of a Hessian and a vector.
+    Cost: one gradient and one Hessian-vector product.
     """
     noise = REACH * fixed_noise(latents.initial(), seed=1)
     try:

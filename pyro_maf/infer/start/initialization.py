@@ -1,8 +1,8 @@
-r"""Initialization of a guide: of many normals along ascents to modes, those of the largest evidence lower bounds.
+r"""Initialization of a guide: among many normals along ascents to modes, those with the largest evidence lower bounds.
 
 A mode alone misleads: that of a funnel lies in its neck, where almost none of the probability is. So every point of an
-ascent proposes normals, and the evidence lower bound of each, estimated from a few draws, decides. One ascent misleads
-where there are several modes: so there are ascents from other points, and each mode that matters has its normal.
+ascent proposes normals, and the evidence lower bound of each, estimated from a few draws, decides. A single ascent
+misleads if there are several modes: so there are ascents from other points, and each mode that matters has its normal.
 """
 
 from __future__ import annotations
@@ -24,35 +24,37 @@ __all__ = ["DENSE", "Start", "best_normal", "best_start", "other_points"]
 
 ITERATIONS, OTHERS_ITERATIONS = 300, 100
 PATIENCE, GAIN = 20, 1e-3
-"""Iterations, and nats: an ascent without such a gain in so many iterations ends, as for a density without a mode."""
+"""Number of iterations, and nats: an ascent without such a gain in so many iterations ends, even if there is no
+mode."""
 LEAST_ITERATIONS = 30
-"""Iterations of the other ascents in any case, though the first has ended."""
+"""Minimum number of iterations of the other ascents, even if the first has ended."""
 BETTER = 1.0
-"""Nats by which the normal of another ascent has to be better, where it is not at a mode of its own."""
+"""Nats by which the normal of another ascent has to be better if it is not at a separate mode."""
 ISOTROPIC = (1.0, 0.1)
 DENSE = 200
-"""Maximum number of dimensions for which there are matrices with a row for each."""
+"""Maximum number of dimensions for which D x D matrices are used."""
 FEW = 20
-"""Maximum number of dimensions at which the curvature alone suffices."""
+"""Maximum number of dimensions for which the curvature suffices."""
 DIAGONAL_STEPS = 100
 ALONE, ALONE_DRAWS = 300, 4
 """For a model that has to be run for each row: approximate maximum number of runs, and draws for each bound."""
 ALONE_BY_OTHER, ALONE_POOL = 40, 16
-"""For such a model: runs of an ascent from another point, and points of either kind of which the best is one."""
+"""For such a model: runs of an ascent from another point, and number of points of each kind from which it is chosen."""
 SLACK = 10.0
-"""Maximum loss of a typical draw by rounding to float32, in nats and per cent."""
+"""Maximum loss of a typical draw due to rounding to float32, in nats and per cent."""
 OTHERS, LEAST_OTHERS, ROWS = 11, 3, 600
-"""Number of other ascents, in few dimensions and at least, and of the rows in which all their Hessians are computed."""
+"""Number of other ascents, in few dimensions and at least, and number of rows in which all their Hessians are
+computed."""
 POOL = 64
-"""Number of points of which the starting points in that cube are chosen."""
+"""Number of points in that cube from which the starting points are chosen."""
 MOST_MODES, MOST_IMAGES = 8, 24
-"""Maximum number of modes whose images under symmetries are looked at, and of these."""
+"""Maximum number of modes whose images under symmetries are examined, and of these images."""
 BLOCK = 12
 """Number of places of an ascent whose candidates are tried in one batch."""
 
 
 def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> Normal:
-    r"""Return the normal of the largest evidence lower bound among those proposed on an ascent from `loc`.
+    r"""Return the normal with the largest evidence lower bound among those proposed along an ascent from `loc`.
 
     Arguments are those of `best_start`.
     """
@@ -68,26 +70,26 @@ def best_start(
     images: Callable[[Tensor], Tensor] | None = None,
     vectorised: bool = True,
 ) -> Start:
-    r"""Return the normals of the largest evidence lower bounds among those proposed on ascents from several points.
+    r"""Return the normals with the largest evidence lower bounds of those proposed along ascents from several points.
 
-    Every point of the ascent from `loc` proposes normals with the curvature there, their scales unbounded, at most 10
+    Every point of the ascent from `loc` proposes normals with the curvature there, with scales unbounded, at most 10
     and at most 1, and isotropic ones of scale 1 and 0.1. Bounds are estimated from 32 draws, the same for all. Beyond
-    20 dimensions a further candidate is the diagonal normal that variational inference reaches from `loc`: where scales
-    depend on each other, as in hierarchies, no curvature has a bound as high. Ascents from other points tell if there
-    are further modes; those that matter have a normal each.
+    20 dimensions, another candidate is the diagonal normal that variational inference reaches from `loc`: if scales
+    depend on each other, as in hierarchies, no curvature has as high a bound. Ascents from other points reveal further
+    modes; those that matter have a normal each.
 
-    An ascent is a damped Newton iteration on |eigenvalues|, so that saddles repel it; beyond 200 dimensions it is
-    BFGS, whose curvature comes from the gradients on the way. It ends where it has converged, or after 20 iterations
-    without a better normal, and is computed in float64 where the model can be run so.
+    An ascent is a damped Newton iteration on |eigenvalues|, so that saddles repel it. Beyond 200 dimensions it is BFGS,
+    whose curvature comes from the gradients along the way. It ends when it has converged, or after 20 iterations
+    without a better normal, and is computed in float64 if the model supports that.
 
     Args:
         log_density: Log-density of the posterior, up to a constant.
         loc: Starting point, (D,).
         others: Further starting points, (points, D).
         proposals: Normals that compete with those of the first ascent.
-        images: Images of points under symmetries of the density, (points, D) to (images, D), which are looked at for
-            further modes.
-        vectorised: True if many rows cost about as much as one. If not, an ascent takes some 300 runs, and one from
+        images: Maps points to their images under symmetries of the density, (points, D) to (images, D), which are
+            examined for further modes.
+        vectorised: Whether many rows cost about as much as one. If not, an ascent takes some 300 runs, and one from
             another point 40.
 
     Reference:
@@ -110,14 +112,14 @@ def best_start(
 def other_points(log_density: Score, loc: Tensor, prior: Tensor | None, *, vectorised: bool = True) -> Tensor:
     """Return further starting points, (points, D): draws of the prior, and of the cube in which NUTS is started.
 
-    Half of them are those of the highest density, of 64 of either kind, and half are chosen without a look at it. In
-    many dimensions there are fewer, since a Hessian of each is computed at every step; and of a density that has to be
-    evaluated row by row only the best of sixteen of either kind.
+    Half of them are those with the highest density among 64 of each kind, and half are chosen without evaluating it. In
+    many dimensions there are fewer, since a Hessian of each is computed at every step. For a density that has to be
+    evaluated row by row, there is only the best of sixteen of each kind.
 
     Args:
         log_density: Log-density of latent vectors, (rows, D) to (rows,).
         loc: The first starting point, (D,).
-        prior: Draws of the prior, (draws, D), or None if it has none.
+        prior: Draws of the prior, (draws, D), or None if it cannot be sampled.
         vectorised: As in `best_start`.
     """
     if len(loc) > DENSE:
@@ -144,7 +146,7 @@ def _draws(vectorised: bool) -> int:
 
 @torch.no_grad()
 def _survives(log_density: Score, wide: Score, normal: Normal, vectorised: bool) -> bool:
-    """True if rounding to the model's dtype costs a typical draw of a normal little."""
+    """Return whether rounding to the model's dtype costs a typical draw of a normal little."""
     draws = normal.of_noise(fixed_noise(normal.loc, draws=_draws(vectorised)))
     exact = wide(draws.double())
     losses = exact - log_density(draws)
@@ -175,13 +177,14 @@ def _start(
     if images is not None and modes:
         moved = images(torch.stack([mode.loc for mode in modes[:MOST_MODES]]))[:MOST_IMAGES]
         if len(moved):
-            # Not only moved themselves: in unconstrained space a symmetry may bend, and the mode is near its image.
+            # Not only moved themselves: in unconstrained space a symmetry may be nonlinear, and the mode is near its
+            # image.
             modes = different(log_density, [*modes, *_Search(log_density, moved, vectorised).ascended()])
     return Start.single(normal) if len(modes) < 2 else _of_modes(log_density, modes, normal, bound)
 
 
 def _of_modes(log_density: Score, modes: list[End], normal: Normal, bound: float) -> Start:
-    """Return the initialization by the modes that matter, of which the best normal has one."""
+    """Return the initialization from the modes that matter; the best normal is at one of them."""
     noise = fixed_noise(normal.loc)
     nearest = min(range(len(modes)), key=lambda index: distance(normal, modes[index].loc))
     normals, bounds = [], []
@@ -195,7 +198,7 @@ def _of_modes(log_density: Score, modes: list[End], normal: Normal, bound: float
 
 
 class _Search:
-    """The search for normals, in the dtype of the points, of which the first is that of the ascent with bounds."""
+    """The search for normals, in the dtype of the points, the first of which belongs to the ascent with bounds."""
 
     def __init__(self, log_density: Score, points: Tensor, vectorised: bool, alone: int = ALONE) -> None:
         self._log_density, self._loc, self._vectorised, self._alone = log_density, points[0], vectorised, alone
@@ -206,7 +209,7 @@ class _Search:
         self._ascents = Ascents(self._score, points, vectorised, newton)
 
     def best(self, proposals: Sequence[Normal]) -> tuple[Normal, float]:
-        """Ascend; return the best normal, the proposed ones included, and its bound."""
+        """Ascend; return the best normal, including the proposed ones, and its bound."""
         if self._vectorised:
             self._all_along()
         else:
@@ -228,7 +231,7 @@ class _Search:
         return self.ends()
 
     def ends(self) -> list[End]:
-        """The ends at modes, that of the highest density first."""
+        """The ends at modes, the highest density first."""
         ascents = self._ascents
         rows = [int(row) for row in ascents.at_mode.nonzero()[:, 0]]
         rows.sort(key=lambda row: -float(ascents.values[row]))
@@ -236,7 +239,7 @@ class _Search:
         return [End(ascents.locs[row], float(ascents.values[row]), normals[row]) for row in rows if normals[row]]
 
     def best_of_others(self) -> tuple[Normal, float]:
-        """The best normal along the ascent, other than the first, whose end has the best one, and its bound."""
+        """The best normal, and its bound, along the ascent (other than the first) whose end has the best one."""
         paths = self._ascents.paths[1:]
         ends = [self._best_of(_candidates(path[-1]))[1] for path in paths]
         path = paths[max(range(len(ends)), key=ends.__getitem__)]
@@ -278,7 +281,7 @@ class _Search:
         return self._log_density(rows)
 
     def _try(self, candidates: Sequence[Normal]) -> bool:
-        """Try candidates; return True if one is better than the best so far."""
+        """Try candidates; return whether one is better than the best so far."""
         normal, bound = self._best_of(candidates)
         better = bound > self._bound + GAIN
         if bound > self._bound:
@@ -286,7 +289,7 @@ class _Search:
         return better
 
     def _best_of(self, candidates: Sequence[Normal]) -> tuple[Normal, float]:
-        """The candidate of the largest bound, and that; of a bound without meaning, minus infinity."""
+        """The candidate with the largest bound, and that bound, or minus infinity if it is not meaningful."""
         with torch.no_grad():
             bounds = bounds_of(self._score, candidates, self._noise)
             while float(bounds.max()) > self._bound:

@@ -1,4 +1,4 @@
-"""Modes at the ends of ascents: which are different, which matter, and their images under exchanges of labels."""
+"""Modes at the ends of ascents: which are distinct, which matter, and their images under exchanges of labels."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ __all__ = [
 ]
 
 APART = 1.0
-"""Distance, in standard deviations of either's normal, within which two ends are one mode."""
+"""Distance, in standard deviations of either normal, within which two ends are the same mode."""
 DIP, PLACES = 1.0, 16
-"""Nats by which the density falls on the line between two modes, and the number of places there that show it."""
+"""Nats by which the density dips on the line between two modes, and number of places there at which it is evaluated."""
 NEGLIGIBLE = 1e-3
-"""Share of the probability below which a mode is left out: draws by the thousand do not tell."""
+"""Share of the probability below which a mode is left out, which thousands of draws would not reveal."""
 MOST = 8
 """Maximum number of modes that a guide covers."""
 EVIDENCE_DRAWS = 256
 EVEN = 0.2
-"""Part of the shares that is distributed evenly, as the evidence of a normal is a rough estimate."""
+"""Fraction of the shares that is distributed evenly, since the evidence of a normal is a rough estimate."""
 MOST_LABELS = 8
-"""Maximum number of entries of an axis, and of sites, that are taken for labels."""
+"""Maximum number of entries of an axis, and of sites, that may be labels."""
 ALL_ORDERS = 4
-"""Maximum number of labels of which all orders are returned; of more, those that exchange two."""
+"""Maximum number of labels for which all orders are returned; for more, those that exchange two labels."""
 PROBES = 4
 """Number of points at which the density is compared."""
 NEAR = 0.1
-"""Spread of these points, and the distance from which on an image is elsewhere."""
+"""Spread of these points, and the distance from which on an image is distinct."""
 
 Values = Mapping[str, Tensor]
 """The value of each latent site, draws along the first dimension."""
 Exchange = Callable[[Values], dict[str, Tensor]]
 Label = tuple[tuple[str, int | None, int], ...]
-"""What a label is of: sites, each with an axis counted from the right and the index along it, or None for all of it."""
+"""A label: sites, each with an axis counted from the right and an index along it, or None for the whole site."""
 
 
 class End(NamedTuple):
-    """The end of an ascent at a mode: where it is, its log-density, and normals of the curvature there."""
+    """The end of an ascent at a mode: its location, log-density, and normals with the curvature there."""
 
     loc: Tensor
     value: float
@@ -71,10 +71,10 @@ class Start(NamedTuple):
     """The initialization of a guide.
 
     Attributes:
-        normals: One for each mode, that of the largest share first.
+        normals: One for each mode, that with the largest share first.
         shares: Estimate of each mode's share of the probability, (modes,).
         missed: Number of further modes that were seen and would matter.
-        is_fitted: Whether the normals are near the posterior: false if their scale is a default, or the user's.
+        is_fitted: Whether the normals are near the posterior; false if their scale is a default, or the user's.
     """
 
     normals: tuple[Normal, ...]
@@ -91,7 +91,7 @@ class Start(NamedTuple):
 def bounds_of(log_density: Score, candidates: Sequence[Normal], noise: Tensor) -> Tensor:
     """Evidence lower bound of each candidate in nats.
 
-    If all have draws that cannot be scored, it is that of the others, less twice the nats of their share.
+    If all have draws that cannot be scored, it is that of the other draws, plus twice the log of their fraction.
     """
     draws = torch.cat([each.of_noise(noise) for each in candidates])
     scores = log_density(draws).view(len(candidates), -1)
@@ -106,7 +106,7 @@ def bounds_of(log_density: Score, candidates: Sequence[Normal], noise: Tensor) -
 
 
 def _evidence(log_density: Score, normal: Normal) -> float:
-    """Log evidence in nats by truncated importance weights of a normal's draws."""
+    """Log-evidence in nats from truncated importance weights of a normal's draws."""
     log_weights = normal.log_weights(log_density, fixed_noise(normal.loc, draws=EVIDENCE_DRAWS))
     return float(truncated(log_weights.nan_to_num(nan=-torch.inf)).logsumexp(0)) - math.log(EVIDENCE_DRAWS)
 
@@ -117,7 +117,7 @@ def distance(normal: Normal, loc: Tensor) -> float:
 
 
 def different(log_density: Score, ends: Sequence[End]) -> list[End]:
-    """Return one end for each mode, in the order of the first of them."""
+    """Return one end for each mode, in the order of their first ends."""
     modes: list[End] = []
     for end in ends:
         if not any(_is_same(log_density, mode, end) for mode in modes):
@@ -126,7 +126,7 @@ def different(log_density: Score, ends: Sequence[End]) -> list[End]:
 
 
 def _is_same(log_density: Score, one: End, other: End) -> bool:
-    """True if two ends are one mode: near each other in the units of both, or without a dip between them."""
+    """Return whether two ends are the same mode: close in the units of both, or without a dip between them."""
     if max(distance(one.normals[0], other.loc), distance(other.normals[0], one.loc)) < APART:
         return True
     parts = torch.linspace(0, 1, PLACES + 2, dtype=one.loc.dtype, device=one.loc.device)[1:-1, None]
@@ -137,9 +137,9 @@ def _is_same(log_density: Score, one: End, other: End) -> bool:
 
 @torch.no_grad()
 def covering(log_density: Score, normals: Sequence[Normal], bounds: Sequence[float]) -> Start:
-    """Return the initialization by the normals of those modes that matter.
+    """Return the initialization from the normals of those modes that matter.
 
-    A mode matters if its evidence is at least a thousandth of that of all, of which the largest bound is a lower
+    A mode matters if its evidence is at least a thousandth of that of all, for which the largest bound is a lower
     estimate.
     """
     evidence = [max(bound, _evidence(log_density, normal)) for normal, bound in zip(normals, bounds, strict=True)]
@@ -154,7 +154,7 @@ def covering(log_density: Score, normals: Sequence[Normal], bounds: Sequence[flo
 
 @torch.no_grad()
 def images(posterior: Posterior, latents: Tensor) -> Tensor:
-    """Return the images, (images, D), of latent vectors under exchanges of labels, as far as they are elsewhere."""
+    """Return the images, (images, D), of latent vectors under exchanges of labels, if they are distinct."""
     with seeded(0, latents.device):
         noise = torch.randn(PROBES, latents.shape[1]).to(latents)
     probes, padded = (posterior.unpacked(each)[0] for each in (latents[:1] + NEAR * noise, latents))
@@ -170,12 +170,12 @@ def images(posterior: Posterior, latents: Tensor) -> Tensor:
 def exchanges(
     log_joint: Callable[[Values], Tensor], values: Values, events: Mapping[str, torch.Size]
 ) -> list[Exchange]:
-    """Return the exchanges of labels that leave the density of a model as it is.
+    """Return the exchanges of labels that leave the density of a model unchanged.
 
-    An axis of up to eight entries may be one of labels, together with the axes of that length of other sites, the first
-    of each or the last. Up to eight sites of one shape may be labels too, each alone, or with those of the same number
-    in their names, as m0 with s0. Labels are alike if the density is the same, at some points, with each in the place
-    of the first; it is then under every order.
+    An axis of up to eight entries may be one of labels, together with axes of the same length in other sites, the first
+    axis of each or the last. Up to eight sites of the same shape may be labels too, alone or together with those that
+    have the same number in their names, such as m0 with s0. Labels are interchangeable if the density is the same, at
+    some points, with each in the place of the first; it is then the same under every order.
 
     Args:
         log_joint: Log joint density as a function of the values, (draws,).
@@ -199,7 +199,7 @@ def exchanges(
 
 
 def _groups(events: Mapping[str, torch.Size]) -> Iterator[list[Label]]:
-    """Groups of what may be labels."""
+    """Groups of possible labels."""
     for length in sorted({length for shape in events.values() for length in shape if 2 <= length <= MOST_LABELS}):
         sites = {name: shape for name, shape in events.items() if length in shape}
         first = {name: shape.index(length) - len(shape) for name, shape in sites.items()}
@@ -234,7 +234,7 @@ def _exchanged(labels: Sequence[Label], order: Sequence[int], values: Values) ->
 
 
 def _orders(labels: int) -> Iterator[tuple[int, ...]]:
-    """Orders of labels other than the usual one."""
+    """Orders of labels other than the original one."""
     if labels <= ALL_ORDERS:
         yield from list(permutations(range(labels)))[1:]
         return

@@ -1,4 +1,4 @@
-"""Normals near a posterior: dense ones, diagonal ones of the largest bound, and in many dimensions a few directions."""
+"""Normals near a posterior: dense, diagonal with the largest bound, or, in many dimensions, with a few directions."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ RATE, BETAS = 0.2, (0.8, 0.95)
 SCALE = 0.1
 """Initial scale in every direction."""
 STEPS, MOST_ROUNDS, GAIN = 200, 10, 1.0
-"""Steps of a diagonal normal, number of these one after another, and the nats that each has to gain."""
+"""Number of steps for a diagonal normal, number of rounds, and the nats that each round has to gain."""
 RANK = 300
-"""Maximum number of directions: a step multiplies each variable as often for these as for a layer of the flow."""
+"""Maximum number of directions, which then take as many multiplications per variable as a layer of the flow."""
 PROBES = 8
 """Number of products with the Hessian for each third of the entries next to its diagonal."""
 FLOOR, STEEPEST = 1e-4, 0.995
-"""Least conditional precision in units of the diagonal normal's, and the largest slope, of a chain."""
+"""Minimum conditional precision, in units of the diagonal normal's, and maximum slope of a chain."""
 LARGEST, SMALLEST = 10.0, 0.01
 """Bounds of the stretches."""
 
@@ -61,22 +61,22 @@ class Normal(NamedTuple):
         return Normal(self.loc.to(like), self.scale_tril.to(like))
 
     def of_noise(self, noise: Tensor) -> Tensor:
-        """Return the points, (rows, D), of standard normal noise."""
+        """Map standard normal noise, (rows, D), to points."""
         return self.loc + noise @ self.scale_tril.T
 
     def noise_of(self, points: Tensor) -> Tensor:
-        """Return the noise, (rows, D), of points: how many standard deviations they are away."""
+        """Map points, (rows, D), to noise: their distance from the location in standard deviations."""
         return torch.linalg.solve_triangular(self.scale_tril, (points - self.loc).T, upper=False).T
 
     def log_weights(self, score: Score, noise: Tensor) -> Tensor:
-        """Log-density over that of this normal in nats, (rows,), at the points of some noise."""
+        """Log-density minus that of this normal in nats, (rows,), at the points of some noise."""
         scores, noise = widened(score(self.of_noise(noise))), widened(noise)
         log_det = widened(self.scale_tril.diagonal()).log().sum()
         return scores + (noise.square() + math.log(2 * math.pi)).sum(1) / 2 + log_det
 
 
 class WideNormal(NamedTuple):
-    r"""The normal of loc + scale * C^-1 R (e^d * x) for a standard normal x, as a `LowRankHead` starts.
+    r"""The normal of loc + scale * C^-1 R (e^d * x) for a standard normal x, as which a `LowRankHead` starts.
 
     Attributes:
         loc, scale: (D,).
@@ -109,7 +109,7 @@ class WideNormal(NamedTuple):
         return self.linked(x + along @ self.directions.T)
 
     def of_noise(self, noise: Tensor) -> Tensor:
-        """Return the points, (rows, D), of standard normal noise."""
+        """Map standard normal noise, (rows, D), to points."""
         return self.stretched(self.log_diagonal.exp() * noise)
 
     def bound(self, score: Score, noise: Tensor) -> float:
@@ -120,14 +120,14 @@ class WideNormal(NamedTuple):
 
 
 def fixed_noise(like: Tensor, seed: int = 0, draws: int = DRAWS) -> Tensor:
-    """Draw standard normals in antithetic pairs, (draws, D), for vectors like this one."""
+    """Draw standard normals in antithetic pairs, (draws, D), with the dtype and device of a vector."""
     with seeded(seed, like.device):
         noise = torch.randn(draws // 2, len(like)).to(like)
     return torch.cat([noise, -noise])
 
 
 def truncated(log_weights: Tensor) -> Tensor:
-    r"""Truncate n log weights, (n,), at the logarithm of \sqrt n times their mean, so that no single one decides.
+    r"""Truncate n log weights, (n,), at the logarithm of \sqrt n times their mean, so that no single one dominates.
 
     Reference:
         Ionides, *Truncated importance sampling*, 2008.
@@ -143,15 +143,15 @@ def narrow_place(loc: Tensor) -> Tensor:
 def diagonal_normal(
     score: Score, place: Tensor, steps: int, *, noise: Tensor | None = None, degree: Tensor | None = None
 ) -> Tensor:
-    """Return location and log-scale, (2, D), of the diagonal normal that steps of Adam on the bound reach.
+    """Return location and log-scale, (2, D), of the diagonal normal that Adam steps on the bound reach.
 
     Args:
         score: Log-density, up to a constant.
-        place: Location and log-scale at first.
+        place: Initial location and log-scale.
         steps: Number of steps.
-        noise: Standard normals, (draws, D), the same at every step; by default others in each, as is needed where there
-            are many more numbers than draws.
-        degree: Numbers from 0 to 1 that the density depends on, changed along.
+        noise: Standard normals, (draws, D), used at every step; by default each step draws new ones, which is necessary
+            if there are many more parameters than draws.
+        degree: Numbers from 0 to 1 that the density depends on, optimised as well.
     """
     place = place.detach().clone()
     trained = [] if degree is None else [degree]
@@ -178,7 +178,7 @@ def diagonal_normal(
 
 
 def _recorded(recording: Recording | None, points: Tensor) -> Derivatives | None:
-    """Derivatives by a recording; None without one, or where it fails or is of another outcome."""
+    """Derivatives from a recording; None if there is none, it fails, or a condition differs."""
     try:
         return None if recording is None else recording(points)
     except FAILURES:
@@ -198,17 +198,17 @@ def second_derivatives(score: Score, points: Tensor) -> tuple[Tensor, Callable[[
 
 
 def wide_start(score: Score, place: Tensor) -> WideNormal:
-    """Return the normal of the largest bound among a diagonal one and some with directions, each fitted from the last.
+    """Return the normal with the largest bound of a diagonal one and some with directions, each fitted from the last.
 
-    The directions are those in which the Hessian, averaged over draws, differs most from a diagonal: of a Krylov space
-    of at most 300 of its products with a vector. A chain is that of neighbours in the vector.
+    The directions are those in which the Hessian, averaged over draws, differs most from a diagonal. They come from a
+    Krylov space of at most 300 products with a vector. A chain links neighbours in the vector.
 
     Args:
         score: Log-density, up to a constant.
-        place: Location and log-scale at first, (2, D).
+        place: Initial location and log-scale, (2, D).
 
-    Cost: for each normal that is tried, 200 gradients for 32 rows and up to 300 products with the Hessian for 16;
-        memory for 300 vectors.
+    Cost: for each normal that is tried, 200 gradients for 32 rows and up to 300 Hessian products for 16 rows; memory
+        for 300 vectors.
 
     Reference:
         Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.
@@ -223,13 +223,13 @@ def wide_start(score: Score, place: Tensor) -> WideNormal:
         for _ in range(MOST_ROUNDS):
             if not search.tries(_fitted(score, _curved(score, search.best))):
                 break
-    except FAILURES:  # such as an operation without a second derivative
+    except FAILURES:  # for instance of an operation without a second derivative
         pass
     return search.best
 
 
 class _Search:
-    """The normal of the largest bound so far, at noise that none was fitted to."""
+    """The normal with the largest bound so far, at noise that none was fitted to."""
 
     def __init__(self, score: Score, first: WideNormal) -> None:
         self._score, self.best = score, first
@@ -239,7 +239,7 @@ class _Search:
 
     @torch.no_grad()
     def tries(self, normal: WideNormal) -> bool:
-        """Try a normal; return True if it gains enough for another round."""
+        """Try a normal; return whether it gains enough for another round."""
         bound = normal.bound(self._score, self._noise)
         gains = bound > self._bound + GAIN
         if bound > self._bound:
@@ -248,13 +248,13 @@ class _Search:
 
 
 def _linked(score: Score, normal: WideNormal) -> WideNormal:
-    """Return the normal with a chain: that of the precision's entries on the diagonal and next to it."""
+    """Return the normal with a chain, from the precision's entries on the diagonal and next to it."""
     product = _precision(lambda rows: score(normal.loc + normal.scale * rows), torch.zeros_like(normal.loc))
     diagonal, beside = torch.zeros_like(normal.loc), torch.zeros_like(normal.chain)
     with seeded(4, normal.loc.device):
         signs = 2.0 * torch.randint(0, 2, (PROBES, len(normal.loc))).to(normal.loc) - 1
     for sign in signs:
-        for colour in range(3):  # so that neighbours of an entry are not in one probe
+        for colour in range(3):  # so that neighbours of an entry are not in the same probe
             probe = torch.zeros_like(sign)
             probe[colour::3] = sign[colour::3]
             image = product(probe)
@@ -278,10 +278,10 @@ def _chain_of(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tenso
 
 
 def _curved(score: Score, normal: WideNormal) -> WideNormal:
-    """Return the normal with directions and stretches by the Hessian around it, in units of its scales."""
+    """Return the normal with directions and stretches from the Hessian around it, in units of its scales."""
     base = normal._replace(scale=normal.scale * normal.log_diagonal.exp(), log_diagonal=torch.zeros_like(normal.loc))
     units = normal.log_diagonal.exp()
-    # In units of the diagonal, the chain is that of neighbours in those units.
+    # In units of the diagonal, in which the chain links neighbours.
     base = base._replace(chain=(normal.chain * units[:-1] / units[1:]).clamp(-STEEPEST, STEEPEST))
     values, directions = _spectrum(_precision(lambda rows: score(base.linked(rows)), base.loc * 0), base.loc)
     stretches = values.abs().clamp(LARGEST**-2, SMALLEST**-2).rsqrt()
@@ -289,7 +289,7 @@ def _curved(score: Score, normal: WideNormal) -> WideNormal:
 
 
 def _fitted(score: Score, normal: WideNormal) -> WideNormal:
-    """Return the normal with the location and the diagonal of the largest bound."""
+    """Return the normal with the location and diagonal that maximise the bound."""
     place = torch.stack([torch.zeros_like(normal.loc), normal.log_diagonal])
     shift, log_diagonal = diagonal_normal(lambda rows: score(normal.stretched(rows)), place, STEPS)
     return normal._replace(loc=normal.stretched(shift), log_diagonal=log_diagonal)
@@ -303,7 +303,7 @@ def _precision(score: Score, loc: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _spectrum(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz values and orthonormal vectors of a symmetric matrix, by its products with vectors, in float64."""
+    """Ritz values and orthonormal vectors of a symmetric matrix, from its products with vectors, in float64."""
     with seeded(3, like.device):
         vector = torch.randn(len(like)).to(like.device, torch.float64)
     basis = vector[None] / vector.norm()
@@ -312,7 +312,7 @@ def _spectrum(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor
         image = product(basis[-1].to(like)).double()
         images.append(image)
         rest = image - basis.T @ (basis @ image)
-        rest = rest - basis.T @ (basis @ rest)  # what rounding left
+        rest = rest - basis.T @ (basis @ rest)  # remove what rounding left
         if float(rest.norm()) < 1e-5 * float(image.norm()) or len(images) == RANK:
             break
         basis = torch.cat([basis, rest[None] / rest.norm()])

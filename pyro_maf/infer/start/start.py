@@ -1,4 +1,4 @@
-"""Start of a guide: normals near the posterior, and the coordinates that they are in."""
+"""Start of a guide: normals near the posterior, and the coordinates in which they are defined."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PRIOR_DRAWS = 64
 def start_of(
     call: Call, prototype: Trace, latents: Latents, scale: float | None, start_is_chosen: bool
 ) -> tuple[Start | WideNormal, Coordinates | None]:
-    """Initialise a guide: return its normals, and the coordinates that it is in, or None.
+    """Initialise a guide: return its normals, and their coordinates or None.
 
-    Leave out of `latents` entries that a mask excludes from the model: they have no posterior.
+    Entries that a mask excludes from the model have no posterior; they are removed from `latents`.
 
     Args:
         call, prototype, latents: As in `Posterior`.
         scale: Scale of an isotropic normal at the initial values, or None for the best normal of an ascent.
-        start_is_chosen: True if the user chose the starting point. If not, there are ascents from other points too,
-            for a model that scores many draws in one run.
+        start_is_chosen: Whether the user chose the starting point. If not, there are ascents from other points too, for
+            a model that scores many draws in one run.
 
     Raises:
         ValueError: For a support that moves in a model that cannot be run for many draws, or if all entries are left
