@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ LAYERS = (
     "ConditionalInverseAutoregressive",
 )
 SPLINES = ("MaskedAutoregressive spline", "InverseAutoregressive spline", "MaskedAutoregressive of rank 3")
+Run = Callable[..., tuple[str, str]]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
@@ -298,56 +300,87 @@ print(child.exitcode)
 """
 
 
+FORKS = """
+import json, os, sys, traceback, pyro, torch
+for line in sys.stdin:
+    code, environment, *paths = json.loads(line)
+    if not (child := os.fork()):
+        os.environ.update(environment)
+        for stream, path in enumerate(paths, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[subprocess.Popen[str]]:
+    """An interpreter with torch and pyro imported, which runs code in forks of itself: they need not import these."""
+    command, environment = [sys.executable, "-c", FORKS], {**os.environ, "PYRO_MAF_KERNEL": ""}
+    pipe, root = subprocess.PIPE, Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+
+
+@pytest.fixture
+def run(interpreter: subprocess.Popen[str], tmp_path: Path) -> Run:
+    """Output and messages of code in an interpreter that has not imported this package."""
+    paths = tmp_path / "stdout", tmp_path / "stderr"
+
+    def answer(code: str, **environment: str) -> tuple[str, str]:
+        assert interpreter.stdin is not None
+        assert interpreter.stdout is not None
+        print(json.dumps([code, environment, *map(str, paths)]), file=interpreter.stdin, flush=True)
+        interpreter.stdout.readline()
+        out, err = (path.read_text() for path in paths)
+        return out, err
+
+    return answer
+
+
 @pytest.mark.parametrize(("code", "said"), [(FORKED, "7"), (FORKED_BEFORE, "0")])
-def test_a_forked_process_has_threads_of_its_own(code: str, said: str) -> None:
-    assert run(code).stdout == f"{said}\n"
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What a fresh interpreter does with the code."""
-    root = Path(__file__).parent.parent
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env={**os.environ, "PYRO_MAF_KERNEL": "", **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_a_forked_process_has_threads_of_its_own(code: str, said: str, run: Run) -> None:
+    assert run(code) == (f"{said}\n", "")
 
 
 SAMPLE = "import sys, torch, pyro_maf\nwith torch.no_grad(): pyro_maf.MAF(2, hidden_dims=[4])(torch.zeros(3, 2))\n"
 HAS_NUMBA = "print('numba' in sys.modules)"
 
 
-def test_the_environment_can_ask_for_torch() -> None:
-    done = run(SAMPLE + HAS_NUMBA, PYRO_MAF_KERNEL="torch")
-    assert done.stdout.strip() == "False"
-    assert done.stderr == ""
+def test_the_environment_can_ask_for_torch(run: Run) -> None:
+    out, messages = run(SAMPLE + HAS_NUMBA, PYRO_MAF_KERNEL="torch")
+    assert out.strip() == "False"
+    assert messages == ""
 
 
-def test_without_numba_torch_answers_with_one_warning() -> None:
+def test_without_numba_torch_answers_with_one_warning(run: Run) -> None:
     hidden = "import sys; sys.modules['numba'] = None\n"
-    done = run(hidden + SAMPLE + "with torch.no_grad(): pyro_maf.MAF(2)(torch.zeros(3, 2))")
-    assert done.stderr.count("RuntimeWarning") == 1
-    assert "slower" in done.stderr
+    _, messages = run(hidden + SAMPLE + "with torch.no_grad(): pyro_maf.MAF(2)(torch.zeros(3, 2))")
+    assert messages.count("RuntimeWarning") == 1
+    assert "slower" in messages
 
 
-def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning() -> None:
+def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning(run: Run) -> None:
     unwritable = (
         "from numba.core import caching\n"
         "for locator in (caching.CacheImpl._locator_classes):\n"
         "    locator.from_function = classmethod(lambda cls, function, path: None)\n"
     )
-    done = run(unwritable + SAMPLE)
-    assert done.stderr.count("RuntimeWarning") == 1
-    assert "cannot be compiled" in done.stderr
+    _, messages = run(unwritable + SAMPLE)
+    assert messages.count("RuntimeWarning") == 1
+    assert "cannot be compiled" in messages
 
 
-def test_without_compilation_torch_answers_with_one_warning() -> None:
-    done = run(SAMPLE, NUMBA_DISABLE_JIT="1")
-    assert done.stderr.count("RuntimeWarning") == 1
-    assert "cannot be compiled" in done.stderr
+def test_without_compilation_torch_answers_with_one_warning(run: Run) -> None:
+    _, messages = run(SAMPLE, NUMBA_DISABLE_JIT="1")
+    assert messages.count("RuntimeWarning") == 1
+    assert "cannot be compiled" in messages
 
 
 def test_memory_does_not_grow_with_the_dimension() -> None:
