@@ -42,7 +42,7 @@ class Kind(NamedTuple):
     outside: Callable[[Tensor], Tensor]
 
 
-def _same(z: Tensor) -> tuple[Tensor, Tensor]:
+def _identity(z: Tensor) -> tuple[Tensor, Tensor]:
     return z, torch.zeros_like(z)
 
 
@@ -79,15 +79,15 @@ def _increase(z: Tensor) -> tuple[Tensor, Tensor]:
     for step in _exp(z[..., 1:], most).unbind(-1):
         least = torch.nextafter(columns[-1].detach(), columns[-1].new_tensor(math.inf))
         columns.append(torch.maximum(columns[-1] + step, least))  # a step may be lost in rounding
-    return torch.stack(columns, -1), _but_for_first(z)
+    return torch.stack(columns, -1), _with_zero_first(z)
 
 
 def _steps(y: Tensor) -> tuple[Tensor, Tensor]:
     z = torch.cat([y[..., :1], y.diff(dim=-1).log()], -1)
-    return z, _but_for_first(z)
+    return z, _with_zero_first(z)
 
 
-def _but_for_first(z: Tensor) -> Tensor:
+def _with_zero_first(z: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(z[..., :1]), z[..., 1:]], -1)
 
 
@@ -97,7 +97,9 @@ def _not_above_last(y: Tensor) -> Tensor:
 
 
 KINDS = {
-    "real": Kind(constraints.real, "real numbers", 0.5, _same, _same, lambda y: torch.zeros_like(y, dtype=torch.bool)),
+    "real": Kind(
+        constraints.real, "real numbers", 0.5, _identity, _identity, lambda y: torch.zeros_like(y, dtype=torch.bool)
+    ),
     "positive": Kind(
         constraints.positive, "numbers above 0", 0.5, _positive, _log, lambda y: (y <= 0) | (y == torch.inf)
     ),

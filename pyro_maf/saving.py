@@ -60,7 +60,7 @@ class Kind(NamedTuple):
     remedy: str
 
 
-MODEL = Kind(KEY, "safetensors file", "load", "It is left as it is: put a copy of it back, or save the model again.")
+MODEL = Kind(KEY, "safetensors file", "load", "It was not changed: restore a copy of it, or save the model again.")
 _classes: dict[str, type[Savable]] = {}
 
 
@@ -80,7 +80,7 @@ class Savable:
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        if not _hides_ours(cls):
+        if not _shadows_our_class(cls):
             _classes[cls.__name__] = cls
         if "__init__" in vars(cls):
             show_options(cls)
@@ -227,11 +227,11 @@ def unpack(path: Path, kind: Kind) -> Contents:
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{kind.reader} found {path} damaged, truncated or no {kind.name}: {reason}. {kind.remedy}"
+            f"{kind.reader} found {path} damaged, truncated or not a {kind.name}: {reason}. {kind.remedy}"
         ) from None
     if kind.key not in metadata:
         raise ValueError(
-            f"{kind.reader} found no {kind.key} architecture in {path}: another program wrote it, or it is no "
+            f"{kind.reader} found no {kind.key} architecture in {path}: another program wrote it, or it is not a "
             f"{kind.name}."
         )
     text = metadata[kind.key]
@@ -294,7 +294,7 @@ def describe(module: Savable) -> dict[str, object]:
     """
     if module._unsavable:
         raise TypeError(f"{type(module).__name__} cannot be saved: {module._unsavable}.")
-    if _hides_ours(type(module)):
+    if _shadows_our_class(type(module)):
         raise TypeError(f"{type(module).__name__} cannot be saved: its name is that of a class of {KEY}.")
     arguments = {
         name: {SUPPLIED: name, "class": type(value).__name__}
@@ -305,7 +305,7 @@ def describe(module: Savable) -> dict[str, object]:
     return {"class": type(module).__name__, "arguments": arguments}
 
 
-def _hides_ours(cls: type[Savable]) -> bool:
+def _shadows_our_class(cls: type[Savable]) -> bool:
     """Return whether a class from elsewhere shares its name with one of this package, which files cannot resolve."""
     ours, its = (each.__module__.partition(".")[0] == KEY for each in (_classes.get(cls.__name__, cls), cls))
     return ours and not its
@@ -339,7 +339,7 @@ def _build(description: dict[str, Any], supplied: dict[str, nn.Module]) -> Any:
     if (argument := description.get(SUPPLIED)) is not None:
         if argument not in supplied:
             raise ValueError(
-                f"it was saved with {argument} of class {name}, of which a file holds the weights alone: build it as "
+                f"it was saved with {argument} of class {name}, of which a file holds only the weights: build it as "
                 f"for the fit and pass it, load(path, {argument}=...)"
             )
         return supplied.pop(argument)
@@ -348,7 +348,7 @@ def _build(description: dict[str, Any], supplied: dict[str, nn.Module]) -> Any:
         for room in ("distributions", "infer"):
             importlib.import_module(f"{KEY}.{room}")
     if name not in _classes:
-        raise ValueError(f"{name} is no class known here; import the module that defines it first")
+        raise ValueError(f"{name} is not a known class; import the module that defines it first")
     return _classes[name](**{key: _decode(value, supplied) for key, value in description["arguments"].items()})
 
 

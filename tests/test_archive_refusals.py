@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a group for a part": (
         "bsds300",
         lambda root: save_hdf5(root, **{"train/rows": np.ones((5, 63))}),
-        r"BSDS300.hdf5 to be an HDF5 file .*train is no table",
+        r"BSDS300.hdf5 to be an HDF5 file .*train is not a table",
     ),
     "no rows of a part": (
         "bsds300",
@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no sensor": (
         "gas",
         lambda root: save_frame(root, **{f"R{i}": None for i in range(16)}),
-        r"sensors in .*parquet, got columns Time, Meth, Eth alone",
+        r"sensors in .*parquet, got only columns Time, Meth, Eth",
     ),
     "images of another size": (
         "mnist",

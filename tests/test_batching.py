@@ -97,7 +97,7 @@ SLOW: dict[str, tuple[Callable[[], None], str]] = {
     "numbers of Python": (numbers, r"raises RuntimeError before site f, whose batch shape should be \(7,\) "),
     "draws mixed": (
         mixing,
-        r"site y has another density than for each draw alone \(there a has shape \(7,\), alone \(\)\)",
+        r"site y has a different density than for each draw alone \(there a has shape \(7,\), alone \(\)\)",
     ),
 }
 

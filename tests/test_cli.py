@@ -306,7 +306,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
     result = run(*command, "--max-epochs", 10_000, "--folder", "halves", code=130)
     thread.join()
     line = result.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(r"pyro-maf: interrupted\. To go on: pyro-maf fit table\.csv .* --folder halves --resume", line)
+    assert re.fullmatch(r"pyro-maf: interrupted\. To resume: pyro-maf fit table\.csv .* --folder halves --resume", line)
     assert (here / "halves" / "model.safetensors").exists()
     epochs = len(pd.read_csv("halves/log.csv")) + 2
     run(*command, "--max-epochs", epochs, "--folder", "halves", "--resume")
@@ -329,7 +329,7 @@ def test_a_fit_that_was_cut_off_says_how_to_go_on(here: Path, monkeypatch: pytes
 
     monkeypatch.setattr(pyro_maf.training, "fit", cut_off)
     result = run(*command, "--overwrite", code=130)
-    assert result.stderr.splitlines()[-1].endswith(f"To go on: pyro-maf {' '.join(command)} --resume")
+    assert result.stderr.splitlines()[-1].endswith(f"To resume: pyro-maf {' '.join(command)} --resume")
 
 
 @pytest.mark.usefixtures("quick_report")
@@ -547,7 +547,7 @@ WRONG = {
         (*FIT, "--hidden-dims", "16,x"),
         "fit expected --hidden-dims as widths such as 128,128, got 16,x",
     ),
-    "no such part": ((*FIT, "--validation", "2"), "fit expected validation as a part between 0 and 1"),
+    "no such part": ((*FIT, "--validation", "2"), "fit expected validation as a fraction between 0 and 1"),
     "no epochs": ((*FIT, "--max-epochs", "0"), "fit expected max_epochs of at least 1, got 0"),
     "a file for a folder": (
         ("fit", "{}/table.csv", "--folder", "table.csv"),
@@ -557,7 +557,7 @@ WRONG = {
     "several processes and a pipe": (("fit", "-", "--devices", "2"), "expected a file for several --devices"),
     "no model": (("score", "{}", "{}/table.csv"), "found a folder without model.safetensors"),
     "no model at all": (("info", "{}/none"), "expected a fit's folder or a .safetensors file at .*none, found nothing"),
-    "a model that is none": (("info", "{}/table.csv"), "load found .*table.csv damaged, truncated or no safetensors"),
+    "a model that is none": (("info", "{}/table.csv"), "load found .*table.csv damaged, truncated or not a safe"),
     "a column that is missing": (("score", "{}/plain", "{}/constant.csv"), "no column 'length' in constant.csv"),
     "an ending": (
         ("score", "{}/plain", "{}/table.csv", "--out", "new.txt"),
@@ -572,7 +572,7 @@ WRONG = {
     "a negative seed": (("sample", "{}/plain", "--seed", "-1"), "sample expected --seed of at least 0, got -1"),
     "a seed beyond any generator": (("sample", "{}/plain", "--seed", str(2**63)), r"--seed below 2\*\*63, got 9223"),
     "no context": (("sample", "{}/given", "--context", "age=3"), "sample expected --context colour=VALUE"),
-    "an unknown context": (("sample", "{}/given", "--context", "ages=3"), "got --context ages=3, which is no column"),
+    "an unknown context": (("sample", "{}/given", "--context", "ages=3"), "got --context ages=3, which is not a"),
     "a context twice": (("sample", "{}/given", "--context", "age=3,age=4"), "got --context age=4, twice"),
     "a context without a value": (("sample", "{}/given", "--context", "age"), "got --context age, without a value"),
     "an unknown category": (
@@ -713,7 +713,7 @@ def test_resume_with_another_table_says_so(here: Path) -> None:
     frame()[:150].to_csv("other.csv", index=False)
     result = run("fit", "other.csv", "--columns", "length,width", "--folder", "fit", *QUICK, "--resume", code=2)
     line = result.stderr.splitlines()[-1]
-    assert "fit found a fit with another data in fit, of other rows" in line
+    assert "fit found a fit with other data in fit (other rows" in line
     assert not re.search(r"[0-9a-f]{8}", line)
 
 

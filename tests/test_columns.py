@@ -358,7 +358,7 @@ def test_what_is_no_category_is_refused() -> None:
     assert (error.value.row, error.value.column) == (7, 2)
     with pytest.raises(ValueError, match="got 60 in 60 rows of column 'name'"):
         fit(frame.assign(name=[f"row {i}" for i in range(60)]))
-    with pytest.raises(ValueError, match="fit expected a column of numbers beside those of categories"):
+    with pytest.raises(ValueError, match="fit expected a column of numbers besides the categories"):
         fit(frame[["colour", "flag"]])
     with pytest.raises(TypeError, match="column 'day' of datetime64"):
         fit(frame.assign(day=pd.Timestamp("2020-01-01")))
@@ -389,7 +389,7 @@ def test_few_values_are_categories_where_fit_chooses_the_flow() -> None:
     rows = torch.tensor(np.stack([random.normal(size=300), random.choice([0.1, 2.0, 7.5], 300)], 1))
     assert few_values(rows) == [None, (0.1, 2.0, 7.5)]
     assert few_values(rows[:, 1:]) == [None]
-    with pytest.warns(UserWarning, match=r"few distinct values in column 1 \(3\): it takes them as categories"):
+    with pytest.warns(UserWarning, match=r"few distinct values in column 1 \(3\): it treats them as categories"):
         result = fit(rows, **QUICK)
     assert set(result.sample(50)[:, 1].tolist()) <= {0.1, 2.0, 7.5}  # type: ignore[index, union-attr]
 

@@ -90,7 +90,7 @@ def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):
         )
         result = invoke("compare", wine, "--columns", "acid,sugar", *QUICK)
     assert result.exit_code == 130
-    assert "interrupted before MADE. The same command goes on from there." in result.stderr
+    assert "interrupted before MADE. The same command resumes from there." in result.stderr
     again = invoke("compare", wine, "--columns", "acid,sugar", *QUICK)
     assert again.exit_code == 0, again.output
     assert "MADE" in again.stdout
@@ -101,7 +101,7 @@ def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):
     [
         (["--hidden-dims", "wide"], "compare expected --hidden-dims as numbers such as 128,128, got wide."),
         (["--models", "NAF"], "candidates expected names among Gaussian, MADE"),
-        (["--test", "2", "--context", "colour"], "divide expected test as a part between 0 and 1, got 2.0"),
+        (["--test", "2", "--context", "colour"], "divide expected test as a fraction between 0 and 1, got 2.0"),
         (["--columns", "salt"], "read_table found no column 'salt'"),
     ],
 )

@@ -241,11 +241,11 @@ def test_files_in_each_others_place_are_refused(folder: Path) -> None:
         pyro_maf.load(checkpoint)
     for other in (model, log):
         shutil.copy(other, checkpoint)
-        with pytest.raises(ValueError, match=f"^fit found .*{checkpoint}.* no checkpoint"):
+        with pytest.raises(ValueError, match=f"^fit found .*{checkpoint}.* not a checkpoint"):
             resumed(folder)
     checkpoint.unlink()
     checkpoint.mkdir()
-    with pytest.raises(ValueError, match=f"^fit found {checkpoint} damaged, truncated or no checkpoint"):
+    with pytest.raises(ValueError, match=f"^fit found {checkpoint} damaged, truncated or not a checkpoint"):
         resumed(folder)
 
 

@@ -236,12 +236,12 @@ def test_a_guide_of_sites_that_the_model_does_not_have_is_refused() -> None:
     of_other_model.setup(y)
     of_other_arguments.setup()
     for name, function in {"diagnose": diagnose, "reweight": reweight, "to_arviz": to_arviz}.items():
-        with pytest.raises(ValueError, match=rf"{name} expected a guide of .* latent sites alone, .* draws scale: "):
+        with pytest.raises(ValueError, match=rf"{name} expected a guide of only .* latent sites, .* draws scale: "):
             function(smaller, of_other_model, y)
-        with pytest.raises(ValueError, match=rf"{name} expected a guide of .* latent sites alone, .* draws y: "):
+        with pytest.raises(ValueError, match=rf"{name} expected a guide of only .* latent sites, .* draws y: "):
             function(larger, of_other_arguments, y)
     for call in (lambda: fit_guide(smaller, of_other_model, y, steps=1), lambda: neutra(smaller, of_other_model)(y)):
-        with pytest.raises(ValueError, match=r"expected a guide of the model's latent sites alone"):
+        with pytest.raises(ValueError, match=r"expected a guide of only the model's latent sites"):
             call()
 
 

@@ -268,7 +268,7 @@ HIDDEN = (poutine.block(mixture, hide=["z"]), poutine.block(mixture, expose=["mu
 @pytest.mark.parametrize("model", [*HIDDEN, hides_behind_a_lambda])
 def test_a_site_that_is_hidden_and_drawn_is_refused_by_name(model: Any) -> None:
     guide = AutoIAF(model, **SMALL)
-    message = r"expected a model that draws no site but those of its guide, got draws of the hidden site z: .*block"
+    message = r"expected a model that draws only the sites of its guide, got draws of the hidden site z: .*block"
     with pytest.raises(ValueError, match=f"fit_guide {message}"):
         fit_guide(model, guide, steps=5, **QUICK)
     for function in (diagnose, reweight, to_arviz):
@@ -296,7 +296,7 @@ def test_other_random_numbers_in_a_model_are_refused(draw: Any) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         pyro.sample("y", dist.Normal(mu + draw(), 1.0), obs=torch.tensor(0.3))
 
-    with pytest.raises(ValueError, match="fit_guide expected a model with one density at one value of its sites"):
+    with pytest.raises(ValueError, match="fit_guide expected a model whose density depends on its sites only"):
         fit_guide(model, AutoIAF(model, **SMALL), steps=5, **QUICK)
 
 

@@ -335,8 +335,8 @@ def test_a_column_far_from_zero_is_compared_as_one_that_is_not():
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (100, {"test": 1.0}, "divide expected test as a part between 0 and 1, got 1.0"),
-        (100, {"validation": 0}, "divide expected validation as a part between 0 and 1, got 0"),
+        (100, {"test": 1.0}, "divide expected test as a fraction between 0 and 1, got 1.0"),
+        (100, {"validation": 0}, "divide expected validation as a fraction between 0 and 1, got 0"),
         (12, {}, "got 12 rows, which make 10, 1 and 1"),
     ],
 )

@@ -365,9 +365,7 @@ def test_a_bound_that_is_never_finite_is_an_error() -> None:
         pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(math.nan, 1.0, validate_args=False), obs=torch.tensor(0.0))
 
-    with pytest.raises(
-        ArithmeticError, match="50 steps in a row, and no finite density of y: look for NaN in the data"
-    ):
+    with pytest.raises(ArithmeticError, match="50 steps in a row, nor a finite density of y: look for NaN in the data"):
         fit_guide(model, AutoIAF(model, init_scale=1.0, **SMALL), steps=100, **QUICK)
 
 
@@ -581,7 +579,7 @@ def test_a_guide_that_was_set_up_with_other_data_is_set_up_anew() -> None:
     weights = [parameter.clone() for parameter in guide.parameters()]
     fit_guide(model, guide, y.clone(), steps=1, **QUICK)
     assert all(torch.allclose(one, other, atol=0.05) for one, other in zip(weights, guide.parameters(), strict=True))
-    with pytest.warns(UserWarning, match=r"^fit_guide sets AutoIAF up anew, since it was set up with other data\.$"):
+    with pytest.warns(UserWarning, match=r"^fit_guide sets AutoIAF up again, since it was set up with other data\.$"):
         fit = fit_guide(model, guide, y[:2] + 30, steps=5, **QUICK)
     torch.testing.assert_close(guide.median(y[:2] + 30)["loc"], torch.tensor(30.0), atol=0.1, rtol=0)
     assert fit.diagnosis.grade == "good"

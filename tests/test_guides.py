@@ -445,8 +445,8 @@ def test_a_discrete_site_is_named_with_what_to_do(make: Any) -> None:
 @pytest.mark.parametrize(
     ("site", "expected"),
     [
-        (dist.Poisson(3.0), "discrete site z, whose values have no end"),
-        (dist.Geometric(0.3).expand([2]).to_event(1), "discrete site z, whose values have no end"),
+        (dist.Poisson(3.0), "discrete site z, whose infinitely many values"),
+        (dist.Geometric(0.3).expand([2]).to_event(1), "discrete site z, whose infinitely many values"),
         (dist.Delta(torch.tensor(1.0)), r"site z of Delta, .* pyro\.deterministic"),
         (dist.Delta(torch.zeros(2)).mask(torch.tensor(True)).to_event(1), r"site z of Delta, .* pyro\.deterministic"),
     ],
@@ -1260,7 +1260,7 @@ def test_a_support_without_a_bijection_is_named() -> None:
             return (value.norm(dim=-1) - 1).abs() < 0.1
 
     points = dist.ImproperUniform(_Ring(), (), (2,))
-    with pytest.raises(ValueError, match=r"AutoIAF knows no map .* site point, Ring.*poutine\.reparam"):
+    with pytest.raises(ValueError, match=r"AutoIAF has no map .* site point, Ring.*poutine\.reparam"):
         AutoIAF(lambda: pyro.sample("point", points)).setup()
 
 

@@ -466,7 +466,7 @@ class Unreached(ByHand):
 WRONG_GUIDES = {
     Outside: "scale is outside of its support",
     Shaped: r"scale has shape and dtype \(\(1,\), torch\.float32\), the model's \(\(\), torch\.float32\)",
-    More: "more is not of the model, nor marked as is_auxiliary",
+    More: "more is neither in the model nor marked as is_auxiliary",
     Same: '"draws anew each time": scale, z are the same in two draws',
     Unreached: "no gradient reaches other",
 }

@@ -64,9 +64,9 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
     content = saved.read_bytes()
     for size in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
         saved.write_bytes(content[:size])
-        refused(saved, "damaged, truncated or no safetensors file")
+        refused(saved, "damaged, truncated or not a safetensors file")
     saved.write_bytes(content + b"\0")
-    refused(saved, "damaged, truncated or no safetensors file")
+    refused(saved, "damaged, truncated or not a safetensors file")
 
 
 def test_a_flipped_bit_in_the_header_is_refused_or_changes_nothing(saved: Path) -> None:
@@ -89,9 +89,9 @@ def test_what_another_program_wrote_is_refused(path: Path) -> None:
     save_file({"weight": torch.ones(2)}, path)
     refused(path, "found no pyro_maf architecture in .*: another program wrote it")
     path.write_text("a letter\nof two lines, and of more bytes than a header's length takes\n")
-    refused(path, "damaged, truncated or no safetensors file")
+    refused(path, "damaged, truncated or not a safetensors file")
     torch.save(MAF(2).state_dict(), path)
-    refused(path, "damaged, truncated or no safetensors file")
+    refused(path, "damaged, truncated or not a safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_what_another_program_wrote_is_refused(path: Path) -> None:
     [
         ({"format": 2}, "it has format 2, this version reads up to 1"),
         ({"format": "new"}, "could not rebuild"),
-        ({"class": "Sorcery"}, "Sorcery is no class known here; import the module that defines it first"),
-        ({"class": "os.system", "arguments": {"command": "true"}}, "os.system is no class known here"),
+        ({"class": "Sorcery"}, "Sorcery is not a known class; import the module that defines it first"),
+        ({"class": "os.system", "arguments": {"command": "true"}}, "os.system is not a known class"),
         ({"class": ["MAF"]}, "could not rebuild"),
         ({"class": "ConditionalMAF"}, "could not rebuild"),
         ({"arguments": {"input_dim": 4}}, "size mismatch"),
@@ -146,12 +146,12 @@ def test_nothing_that_is_loaded_runs(path: Path, saved: Path) -> None:
             return os.mkdir, (str(witness),)
 
     path.write_bytes(pickle.dumps(Payload()))
-    refused(path, "damaged, truncated or no safetensors file")
+    refused(path, "damaged, truncated or not a safetensors file")
     torch.save(Payload(), path)
-    refused(path, "damaged, truncated or no safetensors file")
+    refused(path, "damaged, truncated or not a safetensors file")
     MAF(3).save(path)
     call = {"class": "mkdir", "arguments": {"path": str(witness)}}
     rewrite(path, {**header_of(path), "arguments": {"input_dim": 3, "order": [call]}})
-    refused(path, "mkdir is no class known here")
+    refused(path, "mkdir is not a known class")
     assert not witness.exists()
     assert all(issubclass(known, Savable) for known in pyro_maf.saving._classes.values())

@@ -167,7 +167,7 @@ def test_other_masks_than_those_of_the_set_up_are_refused_or_set_up_anew() -> No
     for function in (diagnose, reweight):
         with pytest.raises(ValueError, match="expected latent sites masked as in the guide's set-up"):
             function(missing, guide, ~SEEN)
-    with pytest.warns(UserWarning, match="sets AutoIAF up anew, since it was set up with other data"):
+    with pytest.warns(UserWarning, match="sets AutoIAF up again, since it was set up with other data"):
         fit_guide(missing, guide, ~SEEN, steps=5, **QUICK)
     assert math.isfinite(diagnose(missing, guide, ~SEEN).elbo)
 

@@ -176,11 +176,11 @@ def test_neutra_on_minibatches_has_the_density_of_all_rows() -> None:
 OUTSIDE: dict[str, tuple[Any, str]] = {
     "handed": (
         lambda i: pyro.plate("rows", 40, subsample=torch.arange(5)),
-        r"plate rows is handed 5 of its 40 rows as subsample=",
+        r"plate rows gets 5 of its 40 rows as subsample=",
     ),
     "not looked at": (
         lambda i: pyro.plate("rows", 40, subsample_size=5),
-        r"plate rows draws 5 of its 40 rows, but the model does not look at which",
+        r"plate rows draws 5 of its 40 rows, but the model ignores which",
     ),
 }
 
@@ -214,7 +214,7 @@ def test_of_a_plate_outside_the_model_there_is_no_verdict() -> None:
         with plate as i:
             pyro.sample("y", dist.Normal(loc, 1.0), obs=y[i])
 
-    assert "plate rows stands outside the model" in diagnose(model, exact, torch.randn(40)).verdict
+    assert "plate rows is outside the model" in diagnose(model, exact, torch.randn(40)).verdict
 
 
 def test_of_minibatches_that_change_their_size_there_is_no_verdict() -> None:

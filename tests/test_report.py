@@ -264,7 +264,7 @@ def test_a_named_table_gives_its_name_its_categories_and_its_rows(report):
     for row, place in zip(lowest, log_prob.argsort().tolist(), strict=False):
         assert int(row[0]) == 2 * place + 1
         assert row[-2:] == [["blue", "red"][place % 2], f"{rows.context[place, 2]:.4g}"]
-    with pytest.raises(ValueError, match="got a context beside a Table"):
+    with pytest.raises(ValueError, match="got a context with a Table"):
         report(density, rows, context=normal(200, 3))
     rows.data[3, 1] = math.nan
     with pytest.raises(InputError, match=r"got nan in data row 7 \(counted from 1\), column width") as refused:

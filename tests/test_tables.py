@@ -427,7 +427,7 @@ def test_a_table_without_names_fits_a_layout_of_as_many_columns(tmp_path: Path) 
     table = read_table(save_npy(tmp_path / "table.npy", numbers()), columns=columns)
     assert table.names == NAMES
     assert np.array_equal(table.data, numbers())
-    with pytest.raises(ValueError, match=r"no column 'length' in wide\.npy, whose columns have no names of their own"):
+    with pytest.raises(ValueError, match=r"no column 'length' in wide\.npy, whose columns have no names"):
         read_table(save_npy(tmp_path / "wide.npy", np.ones((3, 4))), columns=columns)
 
 
@@ -511,7 +511,7 @@ WRONG_TEXT = {
     "context alone": (
         "a\n1\n",
         {"context": ["a"]},
-        "read_table expected columns of data beside the context, got none in the stream.",
+        "read_table expected columns of data besides the context, got none in the stream.",
     ),
     "numbers and text": (
         "y,age\n1,30\n2,old\n3,NA\n",
@@ -532,7 +532,7 @@ WRONG_TEXT = {
     "an array of a text": (
         "a\n1\n",
         {"array": "train"},
-        "read_table got array='train' for the stream, which is no .npz file: leave it out.",
+        "read_table got array='train' for the stream, which is not an .npz file: leave it out.",
     ),
     "names of context beside a layout": (
         "a,b\n1,2\n",

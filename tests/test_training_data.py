@@ -119,7 +119,7 @@ def test_a_table_of_a_file_is_fitted_and_named() -> None:
         fit(small_conditional(), table(), support=positive, **QUICK)
     assert f"in data row {caught.value.row + 1} (counted from 1)" in str(caught.value)
     assert caught.value.column == 1
-    with pytest.raises(ValueError, match="fit got a context beside a Table, which has its own: leave it out"):
+    with pytest.raises(ValueError, match="fit got a context with a Table, which has its own: leave it out"):
         fit(small_conditional(), table(), context=CONTEXT, **QUICK)
     prior = fit_prior(table(), support={"height": "real"}, **QUICK)
     assert (prior.input_dim, prior.context_dim) == (2, 1)
@@ -358,7 +358,7 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "no rows": (ROWS[:0], ValueError, "fit expected data with rows in it, got shape (0, 2)."),
     "a frame without columns": (FRAME[[]], ValueError, "2 being the input_dim of MAF, got (200, 0)."),
     "too few rows": (ROWS[:9], ValueError, "fit expected at least 10 rows of data, got 9."),
-    "chains": ({"mu": ROWS[:4]}, ValueError, "got 4: chains of draws come joined, as of"),
+    "chains": ({"mu": ROWS[:4]}, ValueError, "got 4: join chains of draws, as"),
     "ragged": ([[1, 2], [3]], ValueError, "fit expected data to be a table, got rows of different lengths."),
     "None": (None, TypeError, f"{NOT_A_TABLE} NoneType of object."),
     "text": ("rows.csv", TypeError, f"{NOT_A_TABLE} str of <U8: pyro_maf.datasets.read_table reads a file."),
@@ -408,8 +408,8 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "text in a frame": (
         FRAME.assign(weight=pd.Categorical(["light", "heavy"] * 100)),
         ValueError,
-        "fit expected a MAF of input_dim 1 and context_dim 2, as 'weight' holds categories, of which the flow is given "
-        "2 one-hot, got input_dim 2 and context_dim 0: build it so, or leave it out, fit(data).",
+        "fit expected a MAF of input_dim 1 and context_dim 2, as 'weight' holds categories, which the flow sees as "
+        "2 one-hot features, got input_dim 2 and context_dim 0: build it so, or leave it out, fit(data).",
     ),
 }
 
@@ -476,7 +476,7 @@ def test_a_superfluous_context_is_refused() -> None:
         fit(small_maf(), ROWS, context=CONTEXT, **QUICK)
 
 
-A_PART = "fit expected validation as a part between 0 and 1, or as data, got"
+A_PART = "fit expected validation as a fraction between 0 and 1, or as data, got"
 BAD_VALIDATION: dict[str, tuple[Any, type[Exception], str]] = {
     "nothing": (0.0, ValueError, f"{A_PART} 0.0."),
     "everything": (1, ValueError, f"{A_PART} 1."),
@@ -545,7 +545,7 @@ def test_the_gradient_need_not_be_cut_down() -> None:
     assert fit(small_maf(), ROWS, max_grad_norm=math.inf, **QUICK).best_epoch > 0
 
 
-A_CONDITION = "where that is of a context, leave the condition out and give it as context=."
+A_CONDITION = "if that comes from a context, pass the conditional density, and context=."
 BAD_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a network": (lambda: torch.nn.Linear(2, 2), TypeError, "fit expected a flow or a density, got Linear."),
     "a class": (lambda: MAF, TypeError, "fit expected a flow or a density, got type."),

@@ -76,7 +76,7 @@ def test_when_there_is_a_test_part() -> None:
     check_score(both)
     assert (both.test.rows, len(both.validation_rows.data)) == (200, 50)  # type: ignore[union-attr]
     assert fractions_of(0.8, None, 1000) == pytest.approx((0.8, 0.1))
-    with pytest.raises(ValueError, match="fit expected test as a part of at least 0 that leaves rows to train with"):
+    with pytest.raises(ValueError, match="fit expected test as a fraction of at least 0 that leaves rows to train"):
         fitted(data, test=0.95)
     prior = fit_prior(data, MAF(2, **SMALL), max_epochs=1, progress=False)
     whole = fitted(data, test=0, max_epochs=1)
@@ -139,7 +139,7 @@ def test_a_table_of_counts_is_tested_by_its_probabilities() -> None:
 
 def test_another_test_part_is_another_fit(tmp_path: Path) -> None:
     fitted(rows(), folder=tmp_path)
-    with pytest.raises(ValueError, match="with others held out"):
+    with pytest.raises(ValueError, match="or validation rows"):
         fitted(rows(), folder=tmp_path, resume=True, test=0.2)
     again = fitted(rows(), folder=tmp_path, resume=True, max_epochs=3)
     assert again.test == fitted(rows(), max_epochs=3).test
@@ -151,7 +151,7 @@ def test_the_report_is_about_the_test_rows(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<dt>Log-likelihood of test rows</dt>" in page
     assert f"<b>{result.test.mean:.3f} ± {2 * result.test.standard_error:.3f}</b>" in page  # type: ignore[union-attr]
-    assert "these rows chose nothing" in page
+    assert "these rows took no part in any choice" in page
     assert "<b>100 of 1,000</b><small>held out for test</small>" in page
     assert "of rows that chose the epoch" in page
 

@@ -61,7 +61,7 @@ def test_two_processes_of_torchrun_fit_what_one_does(alone: Path, tmp_path: Path
         assert apart(alone / kind, tmp_path / kind) < 1e-8, kind
         assert (tmp_path / kind / "log.csv").read_text().count("\n") == 4
     refusals = [
-        "a folder that all processes share, but only 1 of 2 found a fit to go on with there.",
+        "a folder that all processes share, but only 1 of 2 found a fit to resume there.",
         "a row of each batch for every process, got 1 rows for 2 processes.",
         "log_prob to depend on every weight, but not on model.idle: freeze it by requires_grad_(False).",
     ]

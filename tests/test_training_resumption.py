@@ -313,7 +313,7 @@ def test_a_log_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_fit_is_not_written_over(tmp_path: Path) -> None:
     fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match=r"resume=True goes on with it, or choose another folder\.$"):
+    with pytest.raises(ValueError, match=r"resume=True continues it, or choose another folder\.$"):
         fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
@@ -322,7 +322,7 @@ def test_a_fit_is_not_written_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [True, False])
 def test_what_is_not_of_a_fit_that_can_go_on_is_not_written_over(name: str, resume: bool, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"^fit found {name} in .*, but no checkpoint.safetensors to go on from"):
+    with pytest.raises(ValueError, match=f"^fit found {name} in .*, but no checkpoint.safetensors to resume from"):
         fit(flow(), gaussian_rows(), folder=tmp_path, resume=resume, **OPTIONS)
     assert (tmp_path / name).read_text() == "mine"
 
@@ -358,7 +358,7 @@ def test_a_damaged_checkpoint_is_said_to_be(damage: Any, tmp_path: Path) -> None
     fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="damaged, truncated or no checkpoint"):
+    with pytest.raises(ValueError, match="damaged, truncated or not a checkpoint"):
         fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
 
 

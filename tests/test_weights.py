@@ -154,7 +154,7 @@ def test_weights_may_be_a_column_of_any_table(tmp_path: Path) -> None:
 TO_REFUSE: dict[str, tuple[Any, str]] = {
     "negative": (OFTEN - 1, "expected finite weights of at least 0, got -1.0 in row 0 (30 of 120 rows"),
     "infinite": (OFTEN.double() * math.inf, "got nan in row 0"),
-    "nothing": (0 * OFTEN, "expected weights of which some are above 0, got 0 for every row."),
+    "nothing": (0 * OFTEN, "expected some weights above 0, got 0 for every row."),
     "short": (OFTEN[1:], "expected weights of shape (120,), one for each row of data, got (119,)."),
     "unknown": ("often", "expected weights as one of several columns or as an array, got 'often' of columns"),
     "few": (torch.arange(120) < 9, "expected at least 10 rows of data with a weight above 0, got 9."),
@@ -179,7 +179,7 @@ def test_the_row_of_a_bad_weight_is_said() -> None:
 def test_weights_beside_those_of_a_table_are_refused(tmp_path: Path) -> None:
     pd.DataFrame({"a": range(40), "often": 1}).to_csv(tmp_path / "rows.csv", index=False)
     table = read_table(tmp_path / "rows.csv", weights="often")
-    with pytest.raises(ValueError, match=r"^fit got weights beside a Table that has its own: leave them out.$"):
+    with pytest.raises(ValueError, match=r"^fit got weights with a Table that has its own: leave them out.$"):
         fit(MAF(1), table, weights=np.ones(40))
     with pytest.raises(ValueError, match=r"^read_table expected weights that are neither data nor context"):
         read_table(tmp_path / "rows.csv", context=["often"], weights="often")
@@ -190,7 +190,7 @@ def test_another_weight_is_another_fit(tmp_path: Path) -> None:
     longer = {**WHOLE, "max_epochs": 6}
     swapped = OFTEN.clone()
     swapped[1:3] = OFTEN[[2, 1]]
-    with pytest.raises(ValueError, match=r"another data in .*, of other rows or weights"):
+    with pytest.raises(ValueError, match=r"other data in .* \(other rows, weights"):
         fit(small_maf(), DATA, weights=swapped, folder=tmp_path, resume=True, **longer)
     resumed, whole = small_maf(), small_maf()
     assert fit(resumed, DATA, weights=OFTEN, folder=tmp_path, resume=True, **longer).epochs == 6

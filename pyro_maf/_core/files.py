@@ -96,7 +96,7 @@ def try_to_write(path: Path, content: bytes) -> bool:
         write_whole(path, content)
     except OSError as error:
         warnings.warn(
-            f"fit could not write {path}: {error.strerror or error}. It goes on without that file.", stacklevel=2
+            f"fit could not write {path}: {error.strerror or error}. It continues without that file.", stacklevel=2
         )
         return False
     return True

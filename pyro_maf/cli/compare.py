@@ -89,7 +89,7 @@ def compare(options: CompareOptions) -> None:
             options.stem, table, test=options.test, validation=options.validation, seed=options.seed
         )
         comparison = experiments.compare(
-            parts, candidates, folder=folder, device=options.device, tell=_tell, **options.fitting
+            parts, candidates, folder=folder, device=options.device, tell=_report, **options.fitting
         )
     _finish(comparison, folder, "comparison")
 
@@ -154,7 +154,7 @@ def paper(options: PaperOptions) -> None:
                 patience=PATIENCE,
                 seed=options.seed,
                 device=options.device,
-                tell=_tell,
+                tell=_report,
             )
         _finish(comparison, folder, part, (settings.published or None) if part == UNCONDITIONAL else None)
 
@@ -166,7 +166,7 @@ def _parts(data: Dataset) -> Iterator[tuple[str, Dataset]]:
         yield CONDITIONAL, data
 
 
-def _tell(score: Score) -> None:
+def _report(score: Score) -> None:
     name = " ".join(filter(None, (score.candidate.name, score.candidate.widths)))
     say(f"{name}: {score.test} nats, {score.seconds:.1f} s; {score.stop_reason}.")
 
@@ -185,5 +185,5 @@ def _finish(comparison: Comparison, folder: Path, name: str, published: Mapping[
     if comparison.failed and not comparison.scores:
         raise typer.Exit(BAD_INPUT)
     if comparison.missing:
-        say(f"interrupted before {', '.join(comparison.missing)}. The same command goes on from there.")
+        say(f"interrupted before {', '.join(comparison.missing)}. The same command resumes from there.")
         raise typer.Exit(INTERRUPTED)

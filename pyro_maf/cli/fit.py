@@ -276,7 +276,7 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 def _interrupted(command: str) -> typer.Exit:
     again = command.replace(" --overwrite", "").replace(" --resume", "") + " --resume"
-    say(f"interrupted. To go on: {again}")
+    say(f"interrupted. To resume: {again}")
     return typer.Exit(INTERRUPTED)
 
 

@@ -163,7 +163,7 @@ def _context(model: SavedModel, texts: Sequence[str]) -> Tensor | None:
     import torch
 
     columns = dict(model.context_layout.columns)
-    expected = f"the model is given {', '.join(columns)}" if columns else "the model takes no context"
+    expected = f"the model's context is {', '.join(columns)}" if columns else "the model takes no context"
     # A name may hold "=", and a value commas.
     known = "|".join(map(re.escape, sorted(columns, key=len, reverse=True))) or "(?!)"
     values: dict[str, str] = {}
@@ -171,7 +171,9 @@ def _context(model: SavedModel, texts: Sequence[str]) -> Tensor | None:
         match = re.match(rf"({known})(=)(.*)", pair, re.DOTALL)
         name, equals, value = match.groups() if match else pair.partition("=")
         if not equals or name in values or name not in columns:
-            problem = "twice" if name in values else "which is no column of context" if equals else "without a value"
+            problem = (
+                "twice" if name in values else "which is not a column of the context" if equals else "without a value"
+            )
             raise CommandError(f"sample got --context {pair}, {problem}: {expected}.")
         values[name] = value
     missing = [name for name in columns if name not in values]

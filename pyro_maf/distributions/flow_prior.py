@@ -426,7 +426,7 @@ def _check_angles(who: str, support: Support, model: Flow | Density) -> None:
 def _check_model(who: str, model: object) -> None:
     if isinstance(model, Conditional):
         raise TypeError(
-            f"{who} expected a flow or a density, got {type(model).__name__}, which waits for a context: "
+            f"{who} expected a flow or a density, got {type(model).__name__}, which needs a context: "
             "use ConditionalFlowPrior."
         )
     if not isinstance(model, (Flow, Density)):

@@ -107,7 +107,7 @@ class MixtureFlow(FlowOnBase):
         inside = super().log_density(value, context)
         if self.beside is None:
             return inside
-        return torch.logaddexp((-self.share).log1p() + inside, self.share.log() + self._beside(value))
+        return torch.logaddexp((-self.share).log1p() + inside, self.share.log() + self._log_prob_beside(value))
 
     @torch.no_grad()
     def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
@@ -123,11 +123,11 @@ class MixtureFlow(FlowOnBase):
         noise = super().noise(y, context)
         if self.beside is None:
             return noise
-        odds = self.share.logit() + self._beside(y) - super().log_density(y, context)
+        odds = self.share.logit() + self._log_prob_beside(y) - super().log_density(y, context)
         chance = torch.rand(len(y), generator=torch.Generator().manual_seed(0)).to(odds)
         return torch.where((chance < odds.sigmoid())[:, None], self._in_parts(self.beside.noise, y), noise)
 
-    def _beside(self, value: Tensor) -> Tensor:
+    def _log_prob_beside(self, value: Tensor) -> Tensor:
         rows = value.reshape(-1, self.input_dim)
         return self._in_parts(cast(GaussianMixture, self.beside).log_density, rows).reshape(value.shape[:-1])
 

@@ -202,7 +202,7 @@ class TableDensity(NamedDensity):
         r"""Log-probability (\*batch,) in nats, unchecked."""
         outside = self.outside(value)
         missing = value.isnan().any(-1)
-        inside = torch.where((outside | missing).unsqueeze(-1), self._anywhere(value), value)
+        inside = torch.where((outside | missing).unsqueeze(-1), self._row_inside(value), value)
         parts, context = self.parts(inside, context)
         total = parts if self.categorical is not None else 0.0
         total = total + self.steps.log_prob(inside[..., self.numeric], context)
@@ -243,7 +243,7 @@ class TableDensity(NamedDensity):
         with torch.no_grad():
             return self.steps.error(row[..., self.numeric], self.parts(row, given)[1])
 
-    def _anywhere(self, value: Tensor) -> Tensor:
+    def _row_inside(self, value: Tensor) -> Tensor:
         """A row inside the support, (D,)."""
         support, places = self.prior.units.support, iter(range(len(self.levels)))
         numbers = [0.0 if level else support.middle_of(next(places)) for level in self.levels]

@@ -309,7 +309,7 @@ def divide(
     """
     for role, part in (("test", test), ("validation", validation)):
         if not 0 < part < 1:
-            raise ValueError(f"divide expected {role} as a part between 0 and 1, got {part!r}.")
+            raise ValueError(f"divide expected {role} as a fraction between 0 and 1, got {part!r}.")
     check_seed("divide", seed)
     source = named_rows("divide", data, context)
     if source.layout.in_categories:

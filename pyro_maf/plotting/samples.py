@@ -155,7 +155,7 @@ def image_grid(images: Mapping[str, TableLike], *, columns: int = 8, title: str 
     check_by_name("image_grid", "images", images)
     check_positive("image_grid", "columns", columns)
     sheets = {
-        name: _sheet(name, some_rows("image_grid", name, rows, most=columns**2), columns)
+        name: _tiled(name, some_rows("image_grid", name, rows, most=columns**2), columns)
         for name, rows in images.items()
     }
     figure, panels = new_panels(len(sheets), title)
@@ -193,7 +193,7 @@ def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Window) -> None:
     axes.set_ylim(limits[1])
 
 
-def _sheet(name: str, rows: Tensor, columns: int) -> Tensor:
+def _tiled(name: str, rows: Tensor, columns: int) -> Tensor:
     """Tile images into one, with gaps of NaN, which are drawn white."""
     side = math.isqrt(rows.shape[-1])
     if side * side != rows.shape[-1]:

@@ -140,11 +140,11 @@ def examine(
     table = _read(density, source)
     total, width = table.rows.data.shape
     generator = torch.Generator().manual_seed(SEED)
-    scored = _some(torch.arange(total), MOST_VALUES // width, generator)
+    scored = _subset(torch.arange(total), MOST_VALUES // width, generator)
     weights = None if source.weights is None else table.rows.take(scored).weights
     most = min(PICTURED_ROWS, PICTURED_VALUES // width)
     if weights is None:
-        pictured = _some(scored, most, generator)
+        pictured = _subset(scored, most, generator)
     else:
         pictured = scored[in_proportion(weights, max(1, min(most, len(scored))))]
     # Several samples per row if there are few rows, since the samples' histograms would be mostly noise.
@@ -216,7 +216,7 @@ def _labels(labels: list[str], letter: str, width: int) -> list[str]:
     return labels if len(labels) == width else [f"{letter}{i + 1}" for i in range(width)]
 
 
-def _some(index: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def _subset(index: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Draw at most `most` elements of an index, at least one, keeping their order."""
     if len(index) <= most:
         return index

@@ -48,7 +48,7 @@ ABREAST = 2
 """Number of panels side by side, legible on a phone."""
 DPI = 96
 ROLES = {
-    "test": ("test rows", "; these rows chose nothing"),
+    "test": ("test rows", "; these rows took no part in any choice"),
     "validation": ("validation rows", "; these rows also chose the epoch"),
     "": ("these rows", ""),
 }
@@ -206,7 +206,7 @@ def _log_likelihood(examination: Examination) -> Headline:
     if math.isfinite(error):
         value += f" ± {2 * error:.3f}"
     role, note = ROLES[examination.role]
-    return Headline(f"Log-likelihood of {role}", value, f"nats a row, ± two standard errors{note}")
+    return Headline(f"Log-likelihood of {role}", value, f"nats per row, ± two standard errors{note}")
 
 
 def _rows(result: FitResult, examination: Examination) -> Headline:
@@ -286,7 +286,7 @@ def _losses(result: FitResult) -> Picture:
 
 def _marginals(examination: Examination) -> Picture:
     data, samples, names = examination.data, examination.samples, examination.names
-    shown, note = _foremost(distance_between(data, samples), MOST_MARGINALS, "whose data and samples differ most")
+    shown, note = _highest(distance_between(data, samples), MOST_MARGINALS, "whose data and samples differ most")
     figure = plotting.marginals(data[:, shown], samples[:, shown], names=_drawn(names, shown), columns=ABREAST)
     return _embedded(figure, f"Histograms of data and samples of {_listed(names, shown)}.", note)
 
@@ -294,7 +294,7 @@ def _marginals(examination: Examination) -> Picture:
 def _noise(examination: Examination) -> tuple[Picture, Picture]:
     u, names = examination.scores, examination.score_names
     distances = distance_to_uniform(torch.special.ndtr(u))
-    shown, note = _foremost(distances, MOST_NOISE, "that are furthest from uniform", "panels")
+    shown, note = _highest(distances, MOST_NOISE, "that are furthest from uniform", "panels")
     listed, drawn = _listed(names, shown), _drawn(names, shown)
     return (
         _embedded(
@@ -322,7 +322,7 @@ def _log_densities(examination: Examination) -> Picture:
     return _embedded(plotting.log_densities(heights), "Histograms of the log-densities of data and of samples.")
 
 
-def _foremost(score: Tensor, most: int, which: str, what: str = "columns") -> tuple[list[int], str]:
+def _highest(score: Tensor, most: int, which: str, what: str = "columns") -> tuple[list[int], str]:
     """Return the indices of the highest scores, ascending, and a note on those left out."""
     if len(score) <= most:
         return list(range(len(score))), ""

@@ -186,7 +186,7 @@ class MappedRows:
                 self._reader.support is not None and rows.leaves_in_float32(self._reader.support)
             )
             hashes = hash_rows(rows)
-            counted.append(np.unique(hashes[_lot_of(hashes, seed) < share], return_counts=True))
+            counted.append(np.unique(hashes[_uniform_of(hashes, seed) < share], return_counts=True))
         if self.weights is not None:
             self._reader.check_some_weight(total)
             self._total_weight, self.digest = total, weights.digest()
@@ -239,7 +239,7 @@ class _Choice:
         """Choose among `rows` rows, from the hashes of a random part of them and the number of copies of each."""
         most = fraction * rows
         many = number > most
-        lots = _lot_of(hashes[~many], seed)
+        lots = _uniform_of(hashes[~many], seed)
         order = lots.argsort()
         within = int((number[~many][order].cumsum() <= most).sum())
         threshold = None if within < LEAST_HELD_OUT else float(lots[order[within - 1]])
@@ -253,7 +253,7 @@ class _Choice:
         if self.threshold is None:
             return self.shuffled(start, rows) < min(math.ceil(self.fraction * length), length - 1)
         hashes = hash_rows(rows)
-        is_drawn = (_lot_of(hashes, self.seed) <= self.threshold) & ~np.isin(hashes, self.for_training)
+        is_drawn = (_uniform_of(hashes, self.seed) <= self.threshold) & ~np.isin(hashes, self.for_training)
         return torch.from_numpy(is_drawn)
 
     def shuffled(self, start: int, rows: Rows) -> Tensor:
@@ -261,7 +261,7 @@ class _Choice:
         return torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(self.seed + start))
 
 
-def _lot_of(hashes: Hashes, seed: int) -> NDArray[np.float64]:
+def _uniform_of(hashes: Hashes, seed: int) -> NDArray[np.float64]:
     """Return a pseudo-random number between 0 and 1 for each hash, depending on `seed`."""
     return mixed(hashes ^ np.uint64(seed)) / 2.0**64
 

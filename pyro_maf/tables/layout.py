@@ -284,7 +284,7 @@ def is_indexed(value: object) -> TypeGuard[Series[Any]]:
 
 
 def with_frame(value: T) -> T:
-    """A series of texts or other categories as a frame of one column; others as they are."""
+    """Return a series of texts or other categories as a frame of one column, and other values unchanged."""
     if not is_indexed(value) or is_frame(value) or getattr(value.dtype, "kind", "O") in NUMERIC_KINDS:
         return value
     return cast(T, value.to_frame())

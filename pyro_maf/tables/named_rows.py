@@ -188,16 +188,16 @@ def named_rows(
         names = Labels.of(data), Labels.of(context)
         return NamedRows(data, context, *names, weights, layout, Layout.of(context))
     if context is not None:
-        raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
+        raise ValueError(f"{who} got a context with a Table, which has its own: leave it out.")
     if isinstance(weights, str):
         raise ValueError(
-            f"{who} got weights={weights!r} beside a Table: name that column when it is read, as "
+            f"{who} got weights={weights!r} with a Table: name that column when it is read, as "
             f"read_table(..., weights={weights!r}), or give an array."
         )
     if weights is None:
         weights = data.weights
     elif data.weights is not None:
-        raise ValueError(f"{who} got weights beside a Table that has its own: leave them out.")
+        raise ValueError(f"{who} got weights with a Table that has its own: leave them out.")
     labels, context_labels = (
         Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names)
     )
@@ -218,7 +218,7 @@ def _without_column(who: str, option: str, value: TableLike, name: str) -> tuple
 
 
 def _check_no_others(who: str, layout: Layout, coded: DataFrame, frame: DataFrame, owner: str, advice: str) -> None:
-    """Refuse a frame with values, coded as -1, that are none of the categories of a layout."""
+    """Raise for a frame with values, coded as -1, outside the categories of a layout."""
     for place in layout.in_categories:
         unknown = (coded.iloc[:, place] == -1).to_numpy()
         if unknown.any():

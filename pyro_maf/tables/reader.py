@@ -108,17 +108,17 @@ class Reader:
         self._check_inside(table)
         more = f" ({context_size})" if context_size else ""
         check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
-        often = None if weights is None else self._weights(weights, len(table))
+        weight = None if weights is None else self._weights(weights, len(table))
         if weights is not None:
             check_paired(self.who, f"{self.role}data", data, f"{self.role}weights", weights)
-        if often is not None and self.places is None and often[0] > 0 and bool((often == often[0]).all()):
-            often = None  # equal weights are equivalent to none
+        if weight is not None and self.places is None and weight[0] > 0 and bool((weight == weight[0]).all()):
+            weight = None  # equal weights are equivalent to none
         if context is None:
-            return Rows(table, None, often)
+            return Rows(table, None, weight)
         context_table = self._table("context", context, self.context_width, context_size, self.context_shape)
         self._check_finite("context", context_table, self.context_labels)
         self.check_paired(data, context)
-        return Rows(table, context_table, often)
+        return Rows(table, context_table, weight)
 
     def check_paired(self, data: TableLike, context: TableLike) -> None:
         """Check that the context has the length and order of the data."""
@@ -134,7 +134,7 @@ class Reader:
             self.check_some_weight(float(rows.weights.sum()))
         if len(counted.data) < LEAST_ROWS:
             which = "" if rows.weights is None else " with a weight above 0"
-            advice = ": chains of draws come joined, as of get_samples() without group_by_chain" * of_draws
+            advice = ": join chains of draws, as get_samples() does without group_by_chain" * of_draws
             raise ValueError(
                 f"{self.who} expected at least {LEAST_ROWS} rows of data{which}, got {len(counted.data)}{advice}."
             )
@@ -143,7 +143,7 @@ class Reader:
     def check_some_weight(self, total: float) -> None:
         """Check that not all weights are 0."""
         if not total:
-            raise ValueError(f"{self.who} expected {self.role}weights of which some are above 0, got 0 for every row.")
+            raise ValueError(f"{self.who} expected some {self.role}weights above 0, got 0 for every row.")
 
     def check_varying(self, rows: Rows, *, of_context: bool = True) -> None:
         """Check that all columns vary, including those of context."""
@@ -241,7 +241,7 @@ class Reader:
 
 
 def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
-    """Check the length of a context or weights and, for data frames, that the index has the order of that of the rows.
+    """Check the length of a context or weights and, for data frames, that the index has the same order as the rows.
 
     Rows are paired by position, so a reordered index means that one of the two was shuffled or sorted alone.
     """

@@ -204,7 +204,7 @@ class CsvSource(Source):
             with open(path, encoding="utf-8-sig", newline="") as file:
                 first, second = itertools.islice(itertools.chain(filter(str.strip, file), ("", "")), 2)
                 if "\0" in first:
-                    raise csv.Error("it holds bytes that are no text")
+                    raise csv.Error("it has bytes that are not text")
                 self._delimiter = _delimiter_between(
                     re.sub("^# *", "", first), second, "\t;|" if decimal == "," else "\t,;|"
                 )
@@ -293,7 +293,7 @@ def open_source(source: FileOrStream, array: str | None, decimal: str, encoding:
     if start.startswith(b"PK\x03\x04"):
         return ArraySource(*_member_of(path, label, array))
     if array is not None:
-        raise ValueError(f"read_table got array={array!r} for {label}, which is no .npz file: leave it out.")
+        raise ValueError(f"read_table got array={array!r} for {label}, which is not an .npz file: leave it out.")
     if start.startswith(b"\x93NUMPY"):
         return ArraySource(path, label)
     if (other := _of_start(OTHER_FORMATS, start)) is not None:
@@ -354,7 +354,7 @@ def _member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
     if is_workbook:
         raise ValueError(f"read_table found {label} to be a workbook: save the table as csv or parquet.")
     if not members:
-        raise ValueError(f"read_table found a zip archive without arrays at {label}: it is no .npz file.")
+        raise ValueError(f"read_table found a zip archive without arrays at {label}: it is not an .npz file.")
     chosen = _chosen(list(members), tables, label) if array is None else array
     if chosen not in members:
         raise ValueError(f"read_table found no array {chosen!r} in {label}, but {listed(list(members))}.")

@@ -279,7 +279,7 @@ def _chosen(
                 f"read_table expected categories among the columns of context, got {name!r}: add it there."
             )
     if not names:
-        raise ValueError(f"read_table expected columns of data beside the context, got none in {source.label}.")
+        raise ValueError(f"read_table expected columns of data besides the context, got none in {source.label}.")
     return _labelled(source, names), _inferred(source, context, categories)
 
 
@@ -360,7 +360,7 @@ def _check_known(source: Source, names: Sequence[str]) -> None:
         )
     near = difflib.get_close_matches(unknown, source.names, 1) if len(source.names) <= MOST_COMPARED else []
     hint = f"did you mean {quoted(near[0])}?" if near else f"it has {listed(source.names)}."
-    named = "" if source.is_named else ", whose columns have no names of their own"
+    named = "" if source.is_named else ", whose columns have no names"
     raise ValueError(f"read_table found no column {quoted(unknown)} in {source.label}{named}: {hint}")
 
 

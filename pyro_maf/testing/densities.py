@@ -236,7 +236,7 @@ def draws_every_site(model: Model, guide: Any, *args: object, **kwargs: object) 
         raise BrokenLawError(who, law, f"{', '.join(missing)} of the model is not drawn")
     others = [name for name in random if name not in prior.nodes and not trace.nodes[name]["infer"].get("is_auxiliary")]
     if others:
-        raise BrokenLawError(who, law, f"{', '.join(others)} is not of the model, nor marked as is_auxiliary")
+        raise BrokenLawError(who, law, f"{', '.join(others)} is neither in the model nor marked as is_auxiliary")
     for name in latent:
         site, own = replayed.nodes[name], prior.nodes[name]["value"]
         found, wanted = ((tuple(value.shape), value.dtype) for value in (site["value"], own))

@@ -38,10 +38,10 @@ def _jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def inverts(flow: Flow, scale: float = 1.0, tolerance: float = 1e-9) -> None:
-    """Either direction undoes the other: to the tolerance in float64, to 1e-4 in float32, for inputs of any scale.
+    """Check that each direction undoes the other: to the tolerance in float64, to 1e-4 in float32, at any scale.
 
-    In float32 more is allowed only of a map so steep that errors of one rounding after each layer, ten of them, cost
-    more by themselves, however a layer is computed.
+    In float32 a larger error is allowed only up to ten times what a single rounding after each layer causes, which no
+    implementation of a steep map can avoid.
     """
     flow = fresh(flow)
     x = points(flow, 20, scale=scale)

@@ -93,7 +93,7 @@ class Comparison(NamedTuple):
         return [
             f"fit is behind a simpler density, {best.name}, by {-best.gain:.3f} nats (standard error "
             f"{best.standard_error:.3f}) on the {self.role} rows: raise max_epochs if that ended it, try another flow, "
-            "as MixtureFlow or MAFMoG, or take the simpler one."
+            "such as MixtureFlow or MAFMoG, or use the simpler density."
         ]
 
 
@@ -173,8 +173,8 @@ def with_mixture(prepared: Prepared) -> Joined:
     joined.name_columns(inner.layout, inner.context_layout)
     line = (
         f"fit put a mixture beside the flow, with shares of {shares[1]:.2f} for Gaussians and {shares[2:].sum():.2f} "
-        f"for kernels at the training rows, by which the validation rows gain {gain:.3f} nats, as where "
-        "rows form clusters or follow trajectories."
+        f"for kernels at the training rows: the validation rows gain {gain:.3f} nats by it, which happens if rows form "
+        "clusters or follow trajectories."
     )
     return Joined(joined, (line,), gaussians)
 

@@ -174,8 +174,8 @@ def _embedding(model: Model | DefaultFlow, rows: NamedRows, context_net: nn.Modu
         return None
     if isinstance(inner, FlowPrior):
         raise ValueError(
-            f"fit got context_net beside a {type(model).__name__}, whose context is what it was built for: leave it "
-            "out, or give the model in it, model.unwrapped.model."
+            f"fit got context_net with a {type(model).__name__}, which was built for its context: leave it out, or "
+            "pass the model inside, model.unwrapped.model."
         )
     if rows.context is None:
         raise ValueError("fit expected a context for context_net, got none.")
@@ -249,7 +249,7 @@ def _levels(rows: NamedRows) -> list[tuple[float, ...] | None]:
     categories = rows.layout.categories
     levels = [None if each is None else tuple(map(float, range(len(each)))) for each in categories]
     if all(levels):
-        raise ValueError("fit expected a column of numbers beside those of categories, got none.")
+        raise ValueError("fit expected a column of numbers besides the categories, got none.")
     return levels
 
 
@@ -263,7 +263,7 @@ def _check_sizes(model: Model, rows: NamedRows, net: ContextNet | None) -> None:
     names = ", ".join(repr(rows.layout.labels[i]) for i in texts[:3]) + ", ..." * (len(texts) > 3)
     raise ValueError(
         f"fit expected a {type(model).__name__} of input_dim {width - len(texts)} and context_dim {context + one_hot}, "
-        f"as {names} hold{'s' * (len(texts) == 1)} categories, of which the flow is given {one_hot} one-hot, got "
+        f"as {names} hold{'s' * (len(texts) == 1)} categories, which the flow sees as {one_hot} one-hot features, got "
         f"input_dim {model.input_dim} and context_dim {model.context_dim}: build it so, or leave it out, fit(data)."
     )
 

@@ -113,8 +113,8 @@ class Kinds(NamedTuple):
         if named:
             numbers = [f"{labels.column(i)} ({len(self.levels[i] or ())})" for i in named]
             lines.append(
-                f"fit found few distinct values in {_listed(numbers)}: it takes them as categories, with a probability "
-                "each and none for other values. dequantise=False fits a density instead."
+                f"fit found few distinct values in {_listed(numbers)}: it treats them as categories, with a "
+                "probability for each and none for other values. dequantise=False fits a density instead."
             )
         return lines
 

@@ -62,7 +62,7 @@ class Loop:
     ) -> None:
         self._density = density = trained.density
         self._offsets = trained.offsets
-        self._has_modes = any(map(_heeds_its_mode, density.modules()))
+        self._has_modes = any(map(_depends_on_mode, density.modules()))
         self._batches = batches
         self._held_out = held_out
         self._schedule = schedule
@@ -88,14 +88,14 @@ class Loop:
         shown = progress if self._processes.is_first else False
         try:
             self._switch_to_training(True)
-            if self._goes_on:
+            if self._continues:
                 with (
                     nullcontext() if self._log is None else closing(self._log),
                     bar(shown, "{task.description} {task.fields[epoch]}", "{task.fields[losses]}") as line,
                 ):
                     self._show(line)
                     self._begin()
-                    while self._goes_on:
+                    while self._continues:
                         self._epoch(line)
         finally:
             self._interruption.settle()
@@ -115,7 +115,7 @@ class Loop:
             self._folder.write(self.state.checkpoint(taken))
 
     @property
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         return len(self.state.history) < self._max_epochs and not self.state.reason
 
     @property
@@ -133,7 +133,7 @@ class Loop:
         if 0 < resumed < self._processes.count:
             raise ValueError(
                 f"fit expected a folder that all processes share, but only {resumed} of {self._processes.count} found "
-                "a fit to go on with there."
+                "a fit to resume there."
             )
         if self._is_resumed:
             return
@@ -167,7 +167,7 @@ class Loop:
         # The log may be ahead of the checkpoint, but not behind.
         if self._log is not None:
             self._log.write(self.state.history)
-        if self._is_due or not self._goes_on:
+        if self._is_due or not self._continues:
             self.save(taken=0)
         self._show(line)
 
@@ -199,7 +199,7 @@ class Loop:
         state.optimizer.reset()
         state.average.restart()
         warnings.warn(
-            f"fit skipped {SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: it goes on from the "
+            f"fit skipped {SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: it continues from the "
             f"best weights so far, with a learning rate of {self._schedule.learning_rate:.3g}.",
             stacklevel=2,
         )
@@ -238,7 +238,7 @@ class Loop:
         line.show("epoch", done, self._max_epochs, epoch=max(1, len(history)), losses=losses)
 
 
-def _heeds_its_mode(module: nn.Module) -> bool:
+def _depends_on_mode(module: nn.Module) -> bool:
     """Return whether train and eval mode of a module may differ; in this package they do for two modules."""
     is_of_package = type(module).__module__.startswith("pyro_maf.") or type(module) is nn.ModuleList
     return isinstance(module, (ActNorm, BatchNorm)) or not is_of_package

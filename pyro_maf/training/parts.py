@@ -72,7 +72,7 @@ def fractions_of(
         return fraction, min(fraction, (1 - fraction) / 2) if rows >= LEAST_TESTED else 0.0
     if not (test >= 0 and fraction + test < 1):
         raise ValueError(
-            f"fit expected test as a part of at least 0 that leaves rows to train with, got {test!r} beside "
+            f"fit expected test as a fraction of at least 0 that leaves rows to train with, got {test!r} beside "
             f"{fraction:g} for validation."
         )
     return fraction, float(test)
@@ -110,7 +110,7 @@ def without_far_rows(
     line = (
         f"fit left {int(far.sum()):,} of the {role} rows out, the first of them "
         f"{labels.row(int(aside.places[far].min()))}: so far from the bulk, one would outweigh all others "
-        f"in the {'choice of the best epoch' if role == 'validation' else 'mean'}. Look at them, and give rows that "
-        "count as validation=."
+        f"in the {'choice of the best epoch' if role == 'validation' else 'mean'}. Look at them, and pass rows that "
+        "should count as validation=."
     )
     return aside.take(~far), [line]

@@ -266,7 +266,7 @@ def _validation(
     source = choice.source
     if validation is None or isinstance(validation, (int, float)):
         if validation is not None and not 0 < validation < 1:
-            raise ValueError(f"fit expected validation as a part between 0 and 1, or as data, got {validation!r}.")
+            raise ValueError(f"fit expected validation as a fraction between 0 and 1, or as data, got {validation!r}.")
         return validation, None
     parts = validation if isinstance(validation, tuple) else (validation, None)
     if len(parts) not in (2, 3):
@@ -275,11 +275,11 @@ def _validation(
             f"{len(parts)}."
         )
     data, context = cast("tuple[TableLike | Table, TableLike | None]", parts[:2])
-    often = cast("str | TableLike | None", parts[2] if len(parts) == 3 else None)
-    if isinstance(weights, str) and often is None and not isinstance(data, Table):
-        often = weights
+    row_weights = cast("str | TableLike | None", parts[2] if len(parts) == 3 else None)
+    if isinstance(weights, str) and row_weights is None and not isinstance(data, Table):
+        row_weights = weights
     role = "validation "
-    rows = named_rows("fit", data, context, often, role).as_in("fit", source.layout, source.context_layout, role)
+    rows = named_rows("fit", data, context, row_weights, role).as_in("fit", source.layout, source.context_layout, role)
     reader = _reader(choice, rows, role)
     read = reader.read(rows.data, rows.context, rows.weights)
     if read.weights is not None:
@@ -357,7 +357,7 @@ def _in_units(
     if prior.batch_shape:
         raise ValueError(
             f"fit expected a single density, got {prior.model.name} with batch shape {tuple(prior.batch_shape)}: "
-            "where that is of a context, leave the condition out and give it as context=."
+            "if that comes from a context, pass the conditional density, and context=."
         )
     if leaves:
         prior.units.widen()
@@ -373,8 +373,8 @@ def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
         return []
     return [
         f"fit found {repeats:,} of {total:,} rows to repeat an earlier one: all copies of a row are on one "
-        "side of the divide, for training or for validation. Draws of a chain, or resampled ones, tell as much as "
-        "the distinct rows among them."
+        "side of the split, for training or for validation. Draws of a chain, or resampled ones, are only as "
+        "informative as the distinct rows among them."
     ]
 
 

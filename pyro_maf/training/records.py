@@ -41,7 +41,7 @@ __all__ = ["Checkpoint", "CheckpointFolder", "Epoch", "Log", "check_unused", "ch
 FORMAT = 1
 Facts: TypeAlias = dict[str, Any]
 """JSON values by name."""
-REMEDY = "It is left as it is: put a copy of it back, or overwrite it, or choose another folder to begin again."
+REMEDY = "It was not changed: restore a copy of it, overwrite it, or choose another folder to start again."
 FILE = Kind("pyro_maf.fit", "checkpoint", "fit", REMEDY)
 SECONDS_BETWEEN = 1.0
 MOST_OF_THE_TIME = 1 / 20
@@ -91,7 +91,7 @@ class Checkpoint(NamedTuple):
         wrong += [name for name in expected.keys() & present.keys() if expected[name] != present[name]]
         if wrong:
             raise ValueError(
-                f"fit cannot go on from {path}: its {wrong[0]} is missing, or not that of this fit: another version "
+                f"fit cannot resume from {path}: its {wrong[0]} is missing or belongs to another fit: another version "
                 f"or another model wrote it. {REMEDY}"
             )
 
@@ -171,9 +171,8 @@ class CheckpointFolder:
         for name, value in self._settings.items():
             if before.get(name) != value and name == "data":
                 raise ValueError(
-                    f"fit found a fit with another data in {self.folder}, of other rows or weights, or with others "
-                    "held out for validation: resume with the same table, weights, seed and validation, or choose "
-                    "another folder."
+                    f"fit found a fit with other data in {self.folder} (other rows, weights or validation rows): "
+                    "resume with the same table, weights, seed and validation, or choose another folder."
                 )
             if before.get(name) != value:
                 raise ValueError(
@@ -191,13 +190,13 @@ def check_unused(folder: Path, *, resume: bool) -> None:
     files = [name for name in FILES if (folder / name).exists()]
     if CHECKPOINT in files and not resume:
         raise ValueError(
-            f"fit found a fit in {folder}: overwrite=True or --overwrite replaces it, --resume or resume=True goes on "
-            "with it, or choose another folder."
+            f"fit found a fit in {folder}: overwrite=True or --overwrite replaces it, --resume or resume=True "
+            "continues it, or choose another folder."
         )
     if files and CHECKPOINT not in files:
         raise ValueError(
-            f"fit found {files[0]} in {folder}, but no {CHECKPOINT} to go on from: overwrite it by overwrite=True or "
-            "--overwrite, or choose another folder."
+            f"fit found {files[0]} in {folder}, but no {CHECKPOINT} to resume from: overwrite it by overwrite=True "
+            "or --overwrite, or choose another folder."
         )
 
 
@@ -284,7 +283,7 @@ class Log:
             self._board.flush()
         except OSError as error:
             self._has_board, self._board = False, None
-            warnings.warn(f"fit could not write to {self._events}: {error}. It goes on without.", stacklevel=2)
+            warnings.warn(f"fit could not write to {self._events}: {error}. It continues without them.", stacklevel=2)
 
 
 def _is_like(value: object, example: object) -> bool:

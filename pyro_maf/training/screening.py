@@ -127,8 +127,8 @@ def screen_data(
     may_repeat = [_Finding(column, "") for column in (*categories, *on_grid)]
     few = _without(_few_values(ordered), may_repeat)
     atoms = _without(_atoms(ordered), [*few, *may_repeat])
-    heeded = [_Finding(column, "") for column in (*categories, *in_tails)]
-    tails = _without(_heavy_tails(unconstrained), [*few, *atoms, *heeded])
+    with_other_tails = [_Finding(column, "") for column in (*categories, *in_tails)]
+    tails = _without(_heavy_tails(unconstrained), [*few, *atoms, *with_other_tails])
     lines = [
         _line("few distinct values", few, labels, f"{UNBOUNDED}. {FEW_ADVICE}"),
         _line("a value that many rows share", atoms, labels, f"{UNBOUNDED}. {ATOMS_ADVICE}"),
@@ -173,9 +173,9 @@ def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool
     if losses and not schedule.best_epoch:
         remedy = "look for outliers, lower" if has_skipped else "lower"
         lines.append(
-            "fit has its best epoch at 0, as no later one validated better than the weights it began with (of a new "
-            f"flow a normal distribution of independent columns): unless the rows are that, {remedy} learning_rate, "
-            "take a smaller model or more rows."
+            "fit has its best epoch at 0, since no later epoch improved on the initial weights (of a new flow, a "
+            f"normal distribution of independent columns): unless the rows are like that, {remedy} learning_rate, take "
+            "a smaller model or more rows."
         )
     recent = max(1, min(schedule.patience // 4, len(losses) // 2))
     if has_more and schedule.best_epoch > len(losses) - recent:

@@ -68,7 +68,7 @@ class Cache:
         pair = self._pair  # read once: another thread may replace it
         if (
             pair is not None
-            and self._joins(pair, module, pair.input, y)
+            and self._matches(pair, module, pair.input, y)
             and (torch.is_grad_enabled() or not pair.input.requires_grad)
             and not _is_watched(y)
         ):
@@ -85,7 +85,7 @@ class Cache:
         if pair is None or not pair.log_dets:
             return None
         x, y = (x, y) if pair.input is x else (y, x)
-        if not self._joins(pair, module, x, y) or _is_watched(y):
+        if not self._matches(pair, module, x, y) or _is_watched(y):
             return None
         try:
             log_det = pair.log_dets.pop()
@@ -98,9 +98,9 @@ class Cache:
     def joins(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
         """Return whether `y` is certainly the module's output for `x`."""
         pair = self._pair
-        return pair is not None and self._joins(pair, module, x, y)
+        return pair is not None and self._matches(pair, module, x, y)
 
-    def _joins(self, pair: Pair, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    def _matches(self, pair: Pair, module: nn.Module, x: Tensor, y: Tensor) -> bool:
         return pair.input is x and pair.output() is y and self._holds(pair, module, y)
 
     def _holds(self, pair: Pair, module: nn.Module, y: Tensor) -> bool:

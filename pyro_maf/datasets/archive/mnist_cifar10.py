@@ -171,7 +171,7 @@ def _checked(who: str, path: Path, levels: NDArray[np.uint8], labels: NDArray[np
     if len(levels) < LEAST_IMAGES:
         raise ValueError(f"{who} expected at least {LEAST_IMAGES} images, those of {path}, got {len(levels)}.")
     if labels.shape != (len(levels),):
-        raise ValueError(f"{who} expected {len(levels)} labels in {path}, one an image, got shape {labels.shape}.")
+        raise ValueError(f"{who} expected {len(levels)} labels in {path}, one per image, got shape {labels.shape}.")
     if labels.max() >= LABELS:
         raise ValueError(f"{who} expected labels of 0 .. {LABELS - 1} in {path}, got labels up to {labels.max()}.")
     return _Images(levels, labels.astype(np.int64))

@@ -190,7 +190,7 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
     with reading("bsds300", path, "an HDF5 file with train, validation and test"), h5py.File(path, "r") as file:
         for part in ("train", "validation", "test"):
             if not isinstance(file[part], h5py.Dataset):
-                raise ValueError(f"{part} is no table")
+                raise ValueError(f"{part} is not a table")
             parts[part] = file[part].astype(np.float32)[...]
     train, validation, test = (_tensor(check_rows("bsds300", path, rows, 63)) for rows in parts.values())
     return Dataset("BSDS300", train, validation, test)
@@ -216,7 +216,7 @@ def _frame(path: Path) -> Rows:
         raise ValueError(f"gas expected columns {', '.join(NO_SENSORS)} in {path}, got none named {missing[0]}.")
     sensors = {name: column for name, column in columns.items() if name not in NO_SENSORS}
     if not sensors:
-        raise ValueError(f"gas expected sensors in {path}, got columns {', '.join(columns)} alone.")
+        raise ValueError(f"gas expected sensors in {path}, got only columns {', '.join(columns)}.")
     for name, column in sensors.items():
         if column.dtype.kind not in "fiu":
             raise ValueError(f"gas expected a number in every row of {path}, got {column.dtype} in column {name}.")

@@ -338,7 +338,7 @@ def _shared_sites(who: str, guide_trace: Trace, model_trace: Trace) -> dict[str,
     extra = [name for name in drawn.keys() - latents if not (drawn[name]["infer"] or {}).get("is_auxiliary")]
     if extra:
         raise RefusalError(
-            f"{who} expected a guide of the model's latent sites alone, got one that draws {', '.join(sorted(extra))}: "
+            f"{who} expected a guide of only the model's latent sites, got one that draws {', '.join(sorted(extra))}: "
             "make a guide of this model, with the arguments that it is called with here, or mark what only the guide "
             "needs with infer={'is_auxiliary': True}."
         )
@@ -359,12 +359,12 @@ def _check_draws(who: str, joint: LogJoint) -> None:
     """Raise for a model that draws random numbers outside of its sites, so that its density differs from run to run."""
     if joint.hidden:
         raise RefusalError(
-            f"{who} expected a model that draws no site but those of its guide, got draws of the hidden site "
+            f"{who} expected a model that draws only the sites of its guide, got draws of the hidden site "
             f"{', '.join(joint.hidden)}: pass the model without poutine.block, which sums discrete sites out that have "
             "infer={'enumerate': 'parallel'}."
         )
     if joint.is_random:
         raise RefusalError(
-            f"{who} expected a model with one density at one value of its sites, got one that differs from run to run: "
+            f"{who} expected a model whose density depends on its sites only, got one that differs from run to run: "
             "put what it draws into sites that the guide has, and modules with dropout into eval mode."
         )

@@ -47,7 +47,7 @@ AnyGuide = TypeVar("AnyGuide", bound=Guide)
 OPTIONS = ("steps", "num_particles", "learning_rate", "progress")
 ADVICE = (
     "Draws come first: index and reduce from the right, such as (X * w).sum(-1) or w[..., 0].",
-    "Compute with tensors, as by torch.where, rather than read values of latent variables by if, float or .item().",
+    "Compute with tensors, as by torch.where, instead of reading latent variables by if, float or .item().",
 )
 """Advice about a model that has to be run for each draw: if `vmap` could run it for all draws, and if not."""
 INTERRUPTED = "interrupted"
@@ -199,13 +199,13 @@ def fit_guide(
     _check(call, guide, steps, num_particles, learning_rate, progress)
     with (
         ExitStack() as threads,
-        _without_idle_words(),
+        _quiet_pyro(),
         bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown,
     ):
         with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
                 if guide.renew(*args, **kwargs):
-                    what = f"fit_guide sets {type(guide).__name__} up anew, since it was set up with other data."
+                    what = f"fit_guide sets {type(guide).__name__} up again, since it was set up with other data."
                     warnings.warn(what, UserWarning, stacklevel=2)
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
                 threads.enter_context(guide.threads(num_particles or FEW_PARTICLES))
@@ -408,7 +408,7 @@ class _Run:
         self._end = f"{what} {MOST_FAILURES} times in a row"
         if not self.elbo:
             names = ", ".join(self._pair.unscored_sites())
-            where = f", and no finite density of {names}" if names else ""
+            where = f", nor a finite density of {names}" if names else ""
             self.failure = error or ArithmeticError(
                 f"fit_guide got no finite loss and gradient in {MOST_FAILURES} steps in a row{where}: look for NaN in "
                 "the data, scale them, or choose another starting point by the guide's init_loc_fn."
@@ -435,7 +435,7 @@ class _Run:
 
 
 @contextmanager
-def _without_idle_words() -> Iterator[None]:
+def _quiet_pyro() -> Iterator[None]:
     """Context manager without empty tables of sites, and without Pyro's warnings about infinite densities."""
     with without_empty_tables(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Encountered (NaN|[+-]?inf)", UserWarning)

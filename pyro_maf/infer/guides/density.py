@@ -142,9 +142,9 @@ class GuideDensity(AutoContinuous):
         """Return the call of the model with these arguments, or without any, with those of the set-up."""
         if self._first_call is None:
             raise RefusalError(
-                f"{self._who} expected its model, whose prior the coordinates of "
-                f"{', '.join(cast('Coordinates', self._coordinates).names)} are computed with, got none, since it was "
-                "pickled without: set up a guide of the model and load its state_dict."
+                f"{self._who} expected its model, whose prior defines the coordinates of "
+                f"{', '.join(cast('Coordinates', self._coordinates).names)}, got none, since it was pickled without: "
+                "set up a guide of the model and load its state_dict."
             )
         return Call(self._first_call.program, args, kwargs) if args or kwargs else self._first_call
 
@@ -231,7 +231,7 @@ class GuideDensity(AutoContinuous):
         """
         self.setup(*args, **kwargs)
         levels = _checked_levels(self._who, quantiles, self._weight)
-        noise = _even_noise(self.noise_dim).to(levels)
+        noise = _fixed_noise(self.noise_dim).to(levels)
         latent, _ = self._of_noise(noise.reshape(-1, *(1,) * len(self.latents.rows), self.noise_dim), *args, **kwargs)
         # On the support, since a map that mixes coordinates does not preserve marginal quantiles.
         draws = self.latents.sites(latent, torch.Size([QUANTILE_DRAWS]), self._map_to_sites(*args, **kwargs))
@@ -291,7 +291,7 @@ def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
     return quantiles.reshape(levels.shape + draws.shape[1:])
 
 
-def _even_noise(dim: int) -> Tensor:
+def _fixed_noise(dim: int) -> Tensor:
     """Standard normal draws from a fixed Sobol sequence or, beyond its dimensions, a fixed seed."""
     if dim > SobolEngine.MAXDIM:
         return torch.randn(QUANTILE_DRAWS, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

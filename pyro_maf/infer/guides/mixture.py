@@ -232,13 +232,13 @@ class Shares:
             return
         self._draws += 1
         if self._draws % EVERY == 0:
-            self._update(mixture, self._of(call, posterior_of), DRAWS, RATE)
+            self._update(mixture, self._posterior_for(call, posterior_of), DRAWS, RATE)
 
     def settle(self, mixture: FlowMixture, call: Call, posterior_of: Callable[[Call], Posterior]) -> None:
         """Set the shares from many draws, after training."""
-        self._update(mixture, self._of(call, posterior_of), FINAL_DRAWS, 1.0)
+        self._update(mixture, self._posterior_for(call, posterior_of), FINAL_DRAWS, 1.0)
 
-    def _of(self, call: Call, posterior_of: Callable[[Call], Posterior]) -> Posterior | None:
+    def _posterior_for(self, call: Call, posterior_of: Callable[[Call], Posterior]) -> Posterior | None:
         """Return the posterior for these arguments, of which the last is cached; None if it cannot be scored."""
         if self._posterior is None or not call.has_arguments_of(self._last):
             try:

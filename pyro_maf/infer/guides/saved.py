@@ -202,10 +202,10 @@ def _checked_prior(latents: Latents, transform: Stack, coordinates: Coordinates,
         pairs = ((ours[name][index], theirs[name][index]) for name in theirs for index in (0, 1))
         if all(torch.allclose(*pair, rtol=tolerance, atol=tolerance, equal_nan=True) for pair in pairs):
             return prior
-        reason = "the operations of one run are not those of another"
+        reason = "its operations differ between runs"
     raise TypeError(
         f"{latents.who} cannot be saved: coordinates of {', '.join(coordinates.names)} are computed with the model's "
-        f"prior, which is no plain function of values ({reason}): keep its state_dict for a new guide of the "
+        f"prior, which is not a plain function of values ({reason}): keep its state_dict for a new guide of the "
         "model, or save draws of it."
     )
 

@@ -86,7 +86,7 @@ class _Trial(Messenger):
         if not wrong:
             return ""
         subject = f"site {wrong[0]} has" if len(wrong) == 1 else f"sites {', '.join(wrong)} have"
-        return f"{subject} another density than for each draw alone{self._shapes()}"
+        return f"{subject} a different density than for each draw alone{self._shapes()}"
 
     def raised(self, error: Exception) -> str:
         """Describe the error that the model raised, and before which site."""

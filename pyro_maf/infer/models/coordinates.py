@@ -141,7 +141,7 @@ class Coordinates(nn.Module):
         """
 
         def outward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            entries, log_slope = self._outward(part, piece, fn)
+            entries, log_slope = self._to_latent(part, piece, fn)
             value, log_det = latents.mapped(part, entries)
             if log_slope is not None:
                 events = part.site["fn"].event_dim
@@ -159,7 +159,7 @@ class Coordinates(nn.Module):
         flat = entries.reshape(-1, *(1,) * latents.nesting, entries.shape[-1])
 
         def inward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            inside, log_slope = self._inward(part, piece, fn)
+            inside, log_slope = self._to_coordinates(part, piece, fn)
             return latents.mapped(part, piece)[0], (inside, torch.zeros_like(piece) if log_slope is None else log_slope)
 
         sites = walk(latents, flat, call, inward, self.way, strict)
@@ -232,7 +232,7 @@ class Coordinates(nn.Module):
         self.degree[place] = degree.to(self.degree)
         self.shift[place] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(self.shift)
 
-    def _outward(self, part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
+    def _to_latent(self, part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
         """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site that is not transformed."""
         if part.site["name"] in self.moving:
             transform = entry_map(part.site["fn"] if fn is None else fn)
@@ -247,7 +247,9 @@ class Coordinates(nn.Module):
         log_slope = site.log_slope(entries) + _lost_to_rounding(site.loc, site.scale, residual, entries)
         return entries, log_slope
 
-    def _inward(self, part: Part, entries: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
+    def _to_coordinates(
+        self, part: Part, entries: Tensor, fn: TorchDistribution | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Map v to c, NaN where a value is outside of its support; also return log |dv/dc|."""
         if part.site["name"] in self.moving:
             transform = entry_map(part.site["fn"] if fn is None else fn)

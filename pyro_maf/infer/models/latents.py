@@ -192,8 +192,8 @@ class Latents:
         for name in masked:
             if self.rows or self.parts[name].rows:
                 raise RefusalError(
-                    f"{self.who} expected latent sites without a mask where rows have latent variables of their own, "
-                    f"got {name}: leave masked rows out of the model."
+                    f"{self.who} expected latent sites without a mask if rows have their own latent variables, got "
+                    f"{name}: leave masked rows out of the model."
                 )
         return bool(masked)
 
@@ -431,8 +431,8 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
     support = cast("Constraint", site["fn"].support)
     if support.is_discrete and not site["fn"].has_enumerate_support:
         raise RefusalError(
-            f"{who} expected continuous latent variables, got the discrete site {name}, whose values have no end and "
-            "cannot be summed out: put a Categorical over the first of them in its place."
+            f"{who} expected continuous latent variables, got the discrete site {name}, whose infinitely many "
+            "values cannot be summed out: replace it by a Categorical over the first of them."
         )
     if support.is_discrete:
         raise RefusalError(
@@ -443,6 +443,6 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
         return support_map(support)
     except NotImplementedError:
         raise RefusalError(
-            f"{who} knows no map from real numbers to the support of site {name}, {support}: "
+            f"{who} has no map from real numbers to the support of site {name}, {support}: "
             "reparameterise it with pyro.poutine.reparam."
         ) from None

@@ -215,8 +215,8 @@ class LogJoint:
         """
         for name in sorted(self._changing):
             raise RefusalError(
-                f"{who} expected a model with the same sites in every run, got one with {name} in some alone: draw it "
-                "in every run, and use it where it counts."
+                f"{who} expected a model with the same sites in every run, got one with {name} in some only: draw it "
+                "in every run, and use it where it applies."
             )
 
     def returned(self, values: Values) -> object:

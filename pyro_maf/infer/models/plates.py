@@ -229,11 +229,11 @@ class _SubsampleRecorder(Messenger):
         for name, plate in plates.items():
             part = f"{plate.batch} of its {plate.size} rows"
             if name not in self.rows:
-                raise PartialRowsError(f"plate {name} stands outside the model, with {part}")
+                raise PartialRowsError(f"plate {name} is outside the model, with {part}")
             if name in self._passed:
-                raise PartialRowsError(f"plate {name} is handed {part} as subsample=")
+                raise PartialRowsError(f"plate {name} gets {part} as subsample=")
             if name not in self.used:
-                raise PartialRowsError(f"plate {name} draws {part}, but the model does not look at which")
+                raise PartialRowsError(f"plate {name} draws {part}, but the model ignores which")
         if empty := sorted(self._partial - plates.keys()):
             raise PartialRowsError(f"plate {empty[0]} subsamples, and no site is in it")
 

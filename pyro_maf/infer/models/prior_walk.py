@@ -61,7 +61,7 @@ def walk(latents: Latents, vectors: Tensor, call: Call, step: Step, way: Way, st
             return {name: (one[None], other[None]) for name, (one, other) in alone.items()}
         results, is_valid = mapped(walk_together, pieces, writes=writes)
         if not bool(is_valid.all()):
-            raise ValueError("the prior is no distribution at some draws")
+            raise ValueError("the prior is not a distribution at some draws")
         return results
 
     lead = vectors.shape[:-1]

@@ -287,7 +287,7 @@ def _decoded(value: Any) -> Any:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name} is no dtype")
+        raise ValueError(f"{name} is not a dtype")
     return dtype
 
 
@@ -297,7 +297,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _checked(name: str) -> str:
     if name != PART and not _is_known(name):
-        raise ValueError(f"{name} is no operation on numbers alone that is known here")
+        raise ValueError(f"{name} is not an allowed operation")
     return name
 
 

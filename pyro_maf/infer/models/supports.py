@@ -202,7 +202,7 @@ def bounds_of(support: Constraint) -> tuple[str, list[float | Tensor]]:
 def support_between(name: str, bounds: Sequence[float | Tensor]) -> Constraint:
     """Return the support of entries with this name and bounds."""
     if name not in BOUNDED:
-        raise ValueError(f"{name} is no support with bounds")
+        raise ValueError(f"{name} is not a support with bounds")
     return cast("Constraint", getattr(constraints, name)(*bounds))
 
 
@@ -234,10 +234,10 @@ def support_of(described: Any) -> Constraint:
     """
     if isinstance(described, str):
         if described not in PLAIN:
-            raise ValueError(f"{described} is no support known here")
+            raise ValueError(f"{described} is not a known support")
         return cast("Constraint", getattr(constraints, described))
     if not isinstance(described, Mapping):
-        raise ValueError(f"{described!r} is no support")
+        raise ValueError(f"{described!r} is not a support")
     if "independent" in described:
         return constraints.independent(support_of(described["independent"]), int(described["dims"]))
     return support_between(described["name"], [_bound(described[bound]) for bound in BOUNDED[described["name"]]])
@@ -254,6 +254,6 @@ def _bound(plain: Any) -> float | Tensor:
     if isinstance(plain, Mapping):
         dtype = getattr(torch, plain["dtype"])
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{plain['dtype']} is no dtype")
+            raise ValueError(f"{plain['dtype']} is not a dtype")
         return torch.tensor(plain["values"], dtype=dtype)
     return float(plain)

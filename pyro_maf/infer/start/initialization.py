@@ -211,7 +211,7 @@ class _Search:
     def best(self, proposals: Sequence[Normal]) -> tuple[Normal, float]:
         """Ascend; return the best normal, including the proposed ones, and its bound."""
         if self._vectorised:
-            self._all_along()
+            self._try_whole_path()
         else:
             self._backwards()
         if len(self._loc) > FEW and self._vectorised:
@@ -247,7 +247,7 @@ class _Search:
         found = [self._best_of([each for place in block for each in _candidates(place)]) for block in blocks]
         return max(found, key=lambda normal_and_bound: normal_and_bound[1])
 
-    def _all_along(self) -> None:
+    def _try_whole_path(self) -> None:
         """Ascend, and try the candidates of every point of the first ascent."""
         ascents = self._ascents
         self._try(_candidates(ascents.paths[0][0]))
