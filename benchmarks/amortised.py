@@ -1,7 +1,7 @@
-"""The problem of Pyro's tutorial `svi_flow_guide`, by its conditional flow of zuko and by `AutoIAF` with an encoder.
+"""Amortised inference on the problem of Pyro's tutorial `svi_flow_guide`: zuko's conditional flow against `AutoIAF`.
 
-Sixty-four posteriors of three variables are fitted at once. The evidence of each is an integral over one variable, so
-the Kullback-Leibler divergence from guide to posterior, evidence less ELBO, is exact up to the error of the ELBO.
+One guide is fitted to sixty-four posteriors of three variables. Each log evidence is an integral over one variable, so
+the Kullback-Leibler divergence from guide to posterior, log evidence minus ELBO, is exact up to the error of the ELBO.
 
 Run with `python benchmarks/amortised.py`: about four minutes on one core, with the `bench` extra.
 """
@@ -42,7 +42,7 @@ def model(x: Tensor) -> None:
 
 
 def log_evidence(x: Tensor) -> Tensor:
-    """Log evidence of each set in nats, (sets,): a sum over a grid of z3, given which everything is normal."""
+    """Log evidence of each set in nats, (sets,), by quadrature over z3, given which everything is normal."""
     z3 = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     mean, of_one = x.double().mean(-2), covariances(z3)
     of_mean, zero = of_one / POINTS, torch.zeros(2, dtype=torch.float64)
@@ -53,19 +53,19 @@ def log_evidence(x: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> Tensor:
-    """Means, and mean product and sum of squares of the deviations in standard deviations, (sets, 4)."""
+    """Summary statistics: means, and second moments of the standardised deviations, (sets, 4)."""
     mean = x.mean(-2)
     a, b = ((x - mean[..., None, :]) / VARIANCE**0.5).unbind(-1)
     return torch.cat([mean, torch.stack([(a * b).mean(-1), (a**2 + b**2).mean(-1)], -1)], -1)
 
 
 def coordinates(x: Tensor) -> Tensor:
-    """The points themselves, as in the tutorial, (sets, 10)."""
+    """Flattened points, as in the tutorial, (sets, 10)."""
     return x.flatten(-2)
 
 
 def by_zuko(x: Tensor, encoder: Callable[[Tensor], Tensor], steps: int) -> Guide:
-    """The tutorial's flow, options and loop."""
+    """Fit the tutorial's flow with its options and its loop."""
     flow = zuko.flows.NSF(3, encoder(x).shape[-1], transforms=1, hidden_features=(256, 256))
     flow.transform = flow.transform.inv
 
@@ -82,34 +82,34 @@ def by_zuko(x: Tensor, encoder: Callable[[Tensor], Tensor], steps: int) -> Guide
 
 
 def by_auto_iaf(x: Tensor, encoder: Callable[[Tensor], Tensor], steps: int) -> Guide:
-    """`AutoIAF` with defaults."""
+    """Fit `AutoIAF` with its defaults."""
     guide = AutoIAF(model, encoder=encoder)
     fit_guide(model, guide, x, steps=steps, num_particles=8, progress=False)
     return guide
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit each guide, and print its distance from the posteriors and its time."""
+    """Fit each guide; print its divergence from the posteriors and its time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="of each guide (default: 4,096 of zuko, as there, 3,000 of ours)")
+    parser.add_argument("--steps", type=int, help="steps of each guide; default: 4,096 for zuko, 3,000 for ours")
     steps = parser.parse_args(arguments).steps
     pyro.set_rng_seed(0)
     z = torch.randn(SETS, 3)
     x = dist.MultivariateNormal(z[:, None, :2].expand(-1, POINTS, -1), covariances(z[:, None, 2])).sample()
     evidence = log_evidence(x).sum().item()
-    print("guide, encoder: nats from a posterior, k-hat of all 64, CPU seconds")
-    for fitted, default in ((by_zuko, 4096), (by_auto_iaf, 3000)):
+    print("guide, encoder: mean KL divergence from a posterior in nats, k-hat of all 64, CPU seconds")
+    for method, default in ((by_zuko, 4096), (by_auto_iaf, 3000)):
         for encoder in (coordinates, moments):
             pyro.clear_param_store()
             pyro.set_rng_seed(0)
             started = time.process_time()
-            guide = fitted(x, encoder, steps or default)
+            guide = method(x, encoder, steps or default)
             seconds = time.process_time() - started
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 diagnosis = diagnose(model, guide, x)
             gap = (evidence - diagnosis.elbo) / SETS
-            print(f"{fitted.__name__}, {encoder.__name__}: {gap:.3f}, {diagnosis.k_hat:.2f}, {seconds:.1f}", flush=True)
+            print(f"{method.__name__}, {encoder.__name__}: {gap:.3f}, {diagnosis.k_hat:.2f}, {seconds:.1f}", flush=True)
 
 
 if __name__ == "__main__":

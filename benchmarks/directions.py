@@ -1,11 +1,11 @@
-"""Both directions of a flow, forwards and backwards: this package against Pyro, zuko, nflows, normflows and flowjax.
+"""Speed of density, sampling and gradients, against Pyro, zuko, nflows, normflows and flowjax.
 
     python benchmarks/directions.py            # the sizes of the table in README.md, with one thread and with two
-    python benchmarks/directions.py --quick    # a tiny size, to see that everything runs
+    python benchmarks/directions.py --quick    # a tiny size, to check that everything runs
     python benchmarks/directions.py --sizes 63,512 --batches 100 --layers 1 --tasks sample --threads 1
 
-A whole run writes its results, a table and a picture to benchmarks/results and the table to benchmarks/README.md; any
-other run writes to the folder that --out names, or to a temporary one. README.md says how to read them.
+A complete run writes its results, a table and a plot to benchmarks/results and the table to benchmarks/README.md; any
+other run writes to --out, or to a temporary folder. README.md explains how to read them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from parts.plan import BATCHES, LAYERS, TASKS, Plan
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 THREADS = (1, 2)
-# With more than one thread, what matters is whether they help: one layer tells, and affine maps do.
+# More threads are measured only to see whether they help, for which one layer with affine maps is enough.
 LAYERS_OF_MORE_THREADS = (1,)
-# And one deep stack, large enough for threads to share.
+# A deep stack large enough to be worth sharing between threads.
 DEEP: dict[str, Any] = {"sizes": ((63, 512),), "batches": (1000,), "layers": (5,), "tasks": ("train", "fit")}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and report, or report again what was measured before."""
+    """Measure and report, or report stored results."""
     options = parse(arguments)
     whole = options.out is None and not (options.quick or chosen(options))
     folder = RESULTS if whole else Path(options.out or tempfile.mkdtemp(prefix="directions-"))
@@ -57,27 +57,27 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a tiny size, few repetitions")
-    which.add_argument("--full", action="store_true", help="every combination of D, H and batch: hours")
+    which.add_argument("--full", action="store_true", help="every combination of D, H and batch size: hours")
     parser.add_argument("--threads", type=int, nargs="+", default=None, metavar="N", help=f"default: {THREADS}")
     parser.add_argument("--sizes", type=size, nargs="+", metavar="D,H", help="default: those of the table")
     parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"default: {BATCHES}")
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help=f"default: {LAYERS}; 1 with more threads")
     parser.add_argument("--tasks", choices=TASKS, nargs="+", help="default: all")
     parser.add_argument("--peers", choices=PEERS, nargs="*", help="default: all")
-    parser.add_argument("--seconds", type=float, help=f"time for a cell; default: {Plan.seconds}")
+    parser.add_argument("--seconds", type=float, help=f"time per cell; default: {Plan.seconds}")
     parser.add_argument(
         "--longest-call",
         type=float,
         metavar="SECONDS",
-        help=f"peers whose call would take longer are predicted, not run; default: {Plan.longest_call}",
+        help=f"a peer whose call would take longer is extrapolated, not run; default: {Plan.longest_call}",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", metavar="FOLDER", help="where results go")
-    parser.add_argument("--render", action="store_true", help="measure nothing: make table and picture of the results")
+    parser.add_argument("--render", action="store_true", help="only render table and plot from stored results")
     return parser.parse_args(arguments)
 
 
@@ -88,23 +88,23 @@ def size(text: str) -> tuple[int, int]:
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for of a plan's sizes and contenders; empty for a whole run."""
+    """The plan's fields that the command line sets; empty for a complete run."""
     names = ("sizes", "batches", "layers", "tasks", "peers")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    # What is asked for holds for splines and guides as well.
+    fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    # Sizes on the command line apply to splines and guides as well.
     shared = itertools.product(("spline", "guide"), ("sizes", "batches", "layers"))
-    given |= {f"{family}_{name}": given[name] for family, name in shared if name in given}
-    return {name: tuple(values) for name, values in given.items()}
+    fields |= {f"{family}_{name}": fields[name] for family, name in shared if name in fields}
+    return {name: tuple(values) for name, values in fields.items()}
 
 
 def plans(options: argparse.Namespace) -> list[Plan]:
-    """A plan for each number of threads, memory and updates in the first alone."""
+    """Plans for each number of threads; only the first includes memory and updates."""
     plan = Plan(peers=tuple(PEERS), device=options.device)
     plan = plan.full() if options.full else plan.quick() if options.quick else plan
-    given = chosen(options)
+    fields = chosen(options)
     limits = {"seconds": options.seconds, "longest_call": options.longest_call}
-    given |= {name: value for name, value in limits.items() if value is not None}
-    plan = dataclasses.replace(plan, **given)
+    fields |= {name: value for name, value in limits.items() if value is not None}
+    plan = dataclasses.replace(plan, **fields)
     if options.device != "cpu" or (options.tasks and "sample_backward" not in options.tasks):
         plan = dataclasses.replace(plan, memory=None)
     if options.tasks and "sample" not in options.tasks:
@@ -122,7 +122,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
 
 
 def measure(plans: list[Plan]) -> dict[str, Any]:
-    """Carry out the plans, one after another, and say how it goes."""
+    """Measure the plans one after another, printing each cell."""
     results: dict[str, Any] = {"about": about(plans[0].device), "missing": [], "cells": [], "updates": []}
     results["memory"] = None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,7 +145,7 @@ def measure(plans: list[Plan]) -> dict[str, Any]:
 
 
 def about(device: str = "cpu") -> dict[str, Any]:
-    """Where and with what this runs."""
+    """Date, machine and versions of this run."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else []:
@@ -165,7 +165,7 @@ def about(device: str = "cpu") -> dict[str, Any]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)

@@ -1,14 +1,14 @@
-"""What training survives: a file larger than memory should hold, kills at random moments, more than one process.
+"""Robustness of training: a file too large for memory, kills at random moments, several processes.
 
     python benchmarks/endurance.py                         # all three
     python benchmarks/endurance.py file --gigabytes 5
     python benchmarks/endurance.py kills --times 20
     python benchmarks/endurance.py processes
 
-A file of so many gigabytes is written to a temporary folder, a flow is fitted to it for an epoch, and the largest
-resident memory of that process is read from the operating system (Linux). A fit is killed at random moments and taken
-up again, and its last weights are compared with those of a fit that was left alone. Rows per second are counted for one
-process and for two that share each batch. Results go to results/endurance.json.
+file: a flow is fitted for one epoch to a temporary file of the given size, and the peak resident memory of that process
+is read from the operating system (Linux). kills: a fit is killed at random moments and resumed, and its final weights
+are compared with those of an uninterrupted fit. processes: training rows per second of one process, and of two that
+share each batch. Results go to results/endurance.json.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FIT_FILE = r"""
     started = time.monotonic()
     result = fit(model, data, batch_size=8192, max_epochs=1, progress="always")
     print(time.monotonic() - started, result.validation_log_likelihood)
-    # Of this program alone: getrusage counts what the process held before it was this program.
+    # Not getrusage, whose peak includes the parent's memory before exec.
     print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
 """
 
@@ -90,12 +90,12 @@ NETWORKS = ((21, 512, 100), (63, 512, 100), (63, 512, 1000))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is asked for; put it among the results."""
+    """Run the parts named and add them to the stored results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="file, kills, processes; default: all")
     parser.add_argument("--gigabytes", type=float, default=5.0, help="size of the file; default: %(default)g")
     parser.add_argument("--times", type=int, default=20, help="number of kills; default: %(default)d")
-    parser.add_argument("--steps", type=int, default=200, help="steps of a process; default: %(default)d")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each process; default: %(default)d")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where results go")
     options = parser.parse_args(arguments)
     stored = options.out / "endurance.json"
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def large_file(gigabytes: float) -> dict[str, float]:
-    """Peak resident memory, in GB, of a fit of one epoch to a file of so many gigabytes."""
+    """Time and peak resident memory of fitting one epoch to a file of the given size."""
     path = Path("rows.npy")
     rows = int(gigabytes * 1e9 / (4 * COLUMNS))
     generator = np.random.default_rng(0)
@@ -138,19 +138,19 @@ def large_file(gigabytes: float) -> dict[str, float]:
 
 
 def kills(times: int) -> dict[str, Any]:
-    """Whether a fit that was killed so often comes to the weights of one that was left alone."""
+    """Compare a fit killed `times` times with an uninterrupted one."""
     started = time.monotonic()
     run_to_end("alone")
     alone = time.monotonic() - started
     moments = random.Random(0)
-    lasted = 0
+    kill_count = 0
     for _ in range(times):
-        lasted += not killed("killed", moments.uniform(0.05, 2 * alone / times))
+        kill_count += not finishes("killed", moments.uniform(0.05, 2 * alone / times))
     run_to_end("killed")
     one, other = (load_file(f"{folder}/model.safetensors") for folder in ("alone", "killed"))
     first, second = (Path(folder, "log.csv").read_text(encoding="utf-8").splitlines() for folder in ("alone", "killed"))
     return {
-        "kills": lasted,
+        "kills": kill_count,
         "seconds_alone": alone,
         "same_weights": one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one),
         "same_losses": without_seconds(first) == without_seconds(second),
@@ -160,30 +160,29 @@ def kills(times: int) -> dict[str, Any]:
 
 
 def shared(steps: int) -> list[dict[str, float]]:
-    """Training rows per second of one process and of two, one thread each, in turn."""
-    found = []
+    """Training rows per second of one process and of two with one thread each: medians of three runs."""
+    rows = []
     for dim, units, batch in NETWORKS:
         size = (str(dim), str(units), str(batch), str(max(20, steps * 100 // batch)))
         runs = {count: [float(program(FIT_SHARED, *size, processes=count)) for _ in range(3)] for count in (1, 2)}
         rates = {count: sorted(values)[1] for count, values in runs.items()}
-        found.append({"D": dim, "H": units, "batch": batch, "one": rates[1], "two": rates[2]})
-    return found
+        rows.append({"D": dim, "H": units, "batch": batch, "one": rates[1], "two": rates[2]})
+    return rows
 
 
 def without_seconds(log: list[str]) -> list[list[str]]:
-    """The lines of a log without the time they were written at."""
+    """Fields of a log without the column of seconds."""
     return [[field for number, field in enumerate(line.split(",")) if number != 1] for line in log]
 
 
 def run_to_end(folder: str) -> None:
-    """Fit, or go on."""
-    if killed(folder, None):
-        return
-    raise RuntimeError(f"The fit in {folder} did not come to its end.")
+    """Fit, or resume, until the end."""
+    if not finishes(folder, None):
+        raise RuntimeError(f"The fit in {folder} did not finish.")
 
 
-def killed(folder: str, after: float | None) -> bool:
-    """Whether the fit came to its end, or else was killed so many seconds after its start."""
+def finishes(folder: str, after: float | None) -> bool:
+    """Start or resume the fit and kill it `after` seconds, unless None; True if it finished before."""
     command = [sys.executable, "-c", textwrap.dedent(FIT_KILLED), folder]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         if process.stdout is None or process.stdout.readline() != "started\n":
@@ -195,7 +194,7 @@ def killed(folder: str, after: float | None) -> bool:
 
 
 def program(text: str, *arguments: str, processes: int = 1) -> str:
-    """What a Python program prints, in one process or started by torchrun in several."""
+    """Run a Python program, by torchrun if in several processes, and return its output."""
     path = Path("program.py")
     path.write_text(textwrap.dedent(text), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -204,7 +203,7 @@ def program(text: str, *arguments: str, processes: int = 1) -> str:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, and this package."""
+    """Environment with one thread per process and this package on the path."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 

@@ -1,15 +1,17 @@
-"""Time of `fit` with its defaults to 95 % of what it gains, against the spline flows of zuko and flowjax.
+"""Time that `fit` takes to 95 % of its final gain, against the spline flows of zuko and flowjax.
 
     python benchmarks/fit_times.py [FILE.npz ...] [--rows 10000] [--longest 3]
 
-A file holds arrays train, val and test, (rows, D); a table of six clusters with heavy tails, eight columns, is there
-without files. Everybody has the same rows, standardised, one thread, and a flow of five splines of eight bins with two
-hidden layers of 128 units. zuko's is trained by a loop its users would write: Adam, batches of 256 rows, clipped
-gradients, the learning rate halved after 7 epochs without a better validation loss, the end after 30; flowjax's by its
-`fit_to_data` with the same batches, patience and rate. Either has `--longest` times the processor seconds of ours.
+A file holds arrays train, val and test, (rows, D); a synthetic table of six clusters with heavy tails, eight columns,
+is always included. All packages get the same standardised rows and one thread. `fit` has its defaults; the peers have
+five layers of splines with eight bins and two hidden layers of 128 units. zuko's flow is trained by a loop as its users
+write it: Adam, batches of 256 rows, clipped gradients, the learning rate halved after 7 epochs without a better
+validation loss, early stopping after 30. flowjax's is trained by its `fit_to_data` with the same batches, patience and
+learning rate. Each peer has `--longest` times the processor seconds of `fit`.
 
-A gain is over a normal distribution of independent columns, in validation log-likelihood. Processor seconds until an
-epoch are measured for zuko; those of our whole fit are shared out as the log has it, flowjax's evenly after compiling.
+Gains are in validation log-likelihood over independent standard normal columns. zuko's processor seconds are measured
+after each epoch; those of `fit` are the total, distributed as in its log; flowjax's are the total after compilation,
+distributed evenly.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Parts(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Validation log-likelihoods of a fit after each epoch, the processor seconds until then, and the test score."""
+    """Learning curve of a fit: validation log-likelihood and processor seconds after each epoch, and test score."""
 
     scores: list[float]
     seconds: list[float]
@@ -60,11 +62,11 @@ class Curve(NamedTuple):
 
     def until(self, score: float) -> float | None:
         """Processor seconds until a validation log-likelihood was reached; None if it never was."""
-        return next((spent for found, spent in zip(self.scores, self.seconds, strict=True) if found >= score), None)
+        return next((spent for value, spent in zip(self.scores, self.seconds, strict=True) if value >= score), None)
 
 
 def ours(parts: Parts) -> Curve:
-    """`fit` with its defaults."""
+    """Curve of `fit` with its defaults."""
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         result = pyro_maf.fit(parts.train, validation=parts.validation, folder=folder, progress=False)
@@ -76,7 +78,7 @@ def ours(parts: Parts) -> Curve:
 
 
 def of_zuko(parts: Parts, most: float) -> Curve:
-    """zuko's `NSF`, for at most so many processor seconds."""
+    """Curve of zuko's `NSF`, for at most `most` processor seconds, rounded up to an epoch."""
     torch.manual_seed(0)
     began, best, best_epoch, scores, seconds = time.process_time(), float("-inf"), 0, list[float](), list[float]()
     flow = zuko.flows.NSF(parts.train.shape[1], bins=BINS, transforms=LAYERS, hidden_features=HIDDEN)
@@ -100,7 +102,7 @@ def of_zuko(parts: Parts, most: float) -> Curve:
 
 
 def of_flowjax(parts: Parts, most: float) -> Curve:
-    """flowjax's masked autoregressive splines, for about so many processor seconds after those of compiling."""
+    """Curve of flowjax's masked autoregressive splines, for about `most` processor seconds after compilation."""
     rows = jnp.asarray(torch.cat(parts[:2]).numpy())
     flow = flowjax.flows.masked_autoregressive_flow(
         jax.random.key(0),
@@ -111,9 +113,10 @@ def of_flowjax(parts: Parts, most: float) -> Curve:
         nn_depth=len(HIDDEN),
     )
 
-    optimizer, loss = optax.adam(RATE), flowjax.train.losses.MaximumLikelihoodLoss()  # the same, so compiled once
+    # Shared by all calls, so that the step is compiled once.
+    optimizer, loss = optax.adam(RATE), flowjax.train.losses.MaximumLikelihoodLoss()
 
-    def fitted(epochs: int) -> tuple[flowjax.distributions.Transformed, list[float], float]:
+    def fit(epochs: int) -> tuple[flowjax.distributions.Transformed, list[float], float]:
         began = time.process_time()
         trained, losses = flowjax.train.fit_to_data(
             jax.random.key(1),
@@ -129,16 +132,16 @@ def of_flowjax(parts: Parts, most: float) -> Curve:
         )
         return trained, losses["val"], time.process_time() - began
 
-    first = fitted(1)[2]
-    epoch = fitted(3)[2] / 3
-    trained, losses, spent = fitted(max(1, int(most / epoch)))
+    first = fit(1)[2]
+    epoch = fit(3)[2] / 3
+    trained, losses, spent = fit(max(1, int(most / epoch)))
     seconds = [first - epoch + spent * number / len(losses) for number in range(1, len(losses) + 1)]
     test = float(trained.log_prob(jnp.asarray(parts.test.numpy())).mean())
     return Curve([-loss for loss in losses], seconds, test)
 
 
 def synthetic(rows: int) -> Parts:
-    """Clusters of eight columns, some with heavy tails; as many rows for training, and two tenths of it besides."""
+    """Clusters in eight columns, some heavy-tailed: `rows` training rows, a tenth as many for validation and test."""
     generator = torch.Generator().manual_seed(0)
     dim, clusters, count = 8, 6, rows + 2 * (rows // 10)
     centres = 2 * torch.randn(clusters, dim, generator=generator)
@@ -151,7 +154,7 @@ def synthetic(rows: int) -> Parts:
 
 
 def stored(path: Path, rows: int) -> Parts:
-    """Rows of a file, of which training has at most so many and the others a tenth."""
+    """Random rows of a file: at most `rows` for training, a tenth as many for validation and test."""
     with np.load(path) as arrays:
         parts = [torch.from_numpy(arrays[name]).float() for name in ("train", "val", "test")]
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +165,7 @@ def stored(path: Path, rows: int) -> Parts:
 
 
 def lines(name: str, parts: Parts, longest: float) -> list[str]:
-    """The lines of a table: everybody's seconds and score."""
+    """Rows of the results table, one for each package."""
     loc, scale = parts.train.mean(0), parts.train.std(0)
     parts = Parts(*((part - loc) / scale for part in parts))
     curves = {"pyro-maf": ours(parts)}
@@ -170,25 +173,25 @@ def lines(name: str, parts: Parts, longest: float) -> list[str]:
     curves |= {"zuko": of_zuko(parts, most), "flowjax": of_flowjax(parts, most)}
     normal = torch.distributions.Normal(0.0, 1.0).log_prob(parts.validation).sum(1).mean().item()
     highest = max(max(curve.scores) for curve in curves.values())
-    found = []
-    for who, curve in curves.items():
+    rows = []
+    for package, curve in curves.items():
         goals = [normal + SHARE * (best - normal) for best in (max(curve.scores), highest)]
         spent = [curve.until(goal) for goal in goals]
         times = " | ".join("never" if each is None else f"{each:.1f}" for each in [curve.seconds[-1], *spent])
         size = f"{len(parts.train):,} x {parts.train.shape[1]}"
-        found.append(f"| {name}, {size} | {who} | {len(curve.scores)} | {times} | {curve.test:.3f} |")
-    return found
+        rows.append(f"| {name}, {size} | {package} | {len(curve.scores)} | {times} | {curve.test:.3f} |")
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fit everybody to every table; print a line each."""
+    """Fit every package to every table; print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--rows", type=int, default=10_000, help="training rows; default: %(default)s")
-    parser.add_argument("--longest", type=float, default=3.0, help="seconds of others in ours; default: %(default)g")
+    parser.add_argument("--longest", type=float, default=3.0, help="peer's time over that of fit; default: %(default)g")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    pyro_maf.fit(torch.randn(100, 2), max_epochs=1, progress=False)  # compiles the kernels, once on a machine
+    pyro_maf.fit(torch.randn(100, 2), max_epochs=1, progress=False)  # compiles the kernels
     print("| table | | epochs | processor seconds | to 95 % of its gain | to 95 % of the best gain | test, nats |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     tables = {"clusters": synthetic(options.rows)}

@@ -1,15 +1,15 @@
-"""Test log-likelihood of `fit(data)` on small tables, beside simple densities and zuko's NSF trained as long.
+"""Test log-likelihood of `fit(data)` on small tables, against simple densities and zuko's NSF for the same time.
 
-    python benchmarks/fitting.py                                      # everything: ten minutes of one core
+    python benchmarks/fitting.py                                      # everything: ten minutes on one core
     python benchmarks/fitting.py --tables wine --splits 1 --out FOLDER
 
-The tables are scikit-learn's, their numbers with uniform noise of the least difference of two values of a column, so
-that densities are finite, and toys of `pyro_maf.datasets`. Of each split a fifth is for test; all are fitted to the
-same training rows, and choose by the same validation rows. The flow of `fit(data)` is beside a Gaussian, a mixture of
-Gaussians by BIC and a kernel density, those of `FitResult.comparison`; a MAF by `fit`; and zuko's NSF of three layers,
-trained for as many CPU seconds as `fit(data)`, at least ten, by a loop that its users would write: Adam, batches of 64
-standardised rows, clipped gradients, the weights that validate best. Figures are nats a test row by which `fit(data)`
-is ahead, with the standard error over splits.
+The tables are scikit-learn's, dequantised by uniform noise so that densities are finite, and toys of
+`pyro_maf.datasets`. A fifth of the rows is held out for testing; all models have the same training and validation rows.
+`fit(data)` is compared with a Gaussian, a mixture of Gaussians chosen by BIC and a kernel density, those of
+`FitResult.comparison`; with a MAF trained by `fit`; and with zuko's NSF of three layers, trained for as many CPU
+seconds as `fit(data)`, at least ten, by a loop as its users write it: Adam, batches of 64 standardised rows, clipped
+gradients, the weights with the best validation loss. Figures are nats per test row by which `fit(data)` is ahead, with
+the standard error over splits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Figures = dict[str, float]
 
 
 def loaded(name: str) -> Tensor:
-    """A table of scikit-learn, its values spread over the least difference between two of their column."""
+    """A table of scikit-learn, dequantised by uniform noise as wide as the smallest gap between values of a column."""
     options = {"scaled": False} if name == "diabetes" else {}
     rows = getattr(datasets, f"load_{name}")(**options).data
     steps = np.array([np.diff(np.unique(column.round(6))).min() for column in rows.T])
@@ -47,7 +47,7 @@ def loaded(name: str) -> Tensor:
 
 
 def normal() -> Tensor:
-    """Correlated normal rows, as few as make no flow worthwhile."""
+    """Correlated normal rows, too few for a flow to be worthwhile."""
     torch.manual_seed(0)
     return torch.randn(30, 3) @ torch.tensor([[1.0, 0.5, 0.2], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
 
@@ -64,7 +64,7 @@ TABLES: dict[str, Callable[[], Tensor]] = {
 
 
 def measured(rows: Tensor, seed: int, least_seconds: float) -> Figures:
-    """Nats by which `fit(data)` is ahead of each, its own log-likelihood, and its CPU seconds."""
+    """Nats per test row by which `fit(data)` is ahead of each model, its log-likelihood, and its CPU seconds."""
     torch.manual_seed(seed)
     started = time.process_time()
     ours = pyro_maf.fit(rows, test=TEST, seed=seed, progress=False)
@@ -78,7 +78,7 @@ def measured(rows: Tensor, seed: int, least_seconds: float) -> Figures:
 
 
 def peer(rows: Tensor, fitted: FitResult, seconds: float) -> float:
-    """Mean test log-likelihood of zuko's NSF after so many CPU seconds, in the units of the data."""
+    """Mean test log-likelihood of zuko's NSF after `seconds` CPU seconds of training, in the units of the data."""
     held_out, test = fitted.validation_places, fitted.test_places
     training = torch.ones(len(rows), dtype=torch.bool)
     training[torch.cat([held_out, test])] = False
@@ -117,7 +117,7 @@ def line(name: str, cell: dict[str, list[float]], shape: tuple[int, int]) -> lis
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fit, store, show."""
+    """Fit every model to every table, store the results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--splits", type=int, default=SPLITS)

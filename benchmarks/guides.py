@@ -1,13 +1,13 @@
-"""Guides and NUTS on posteriors with reference draws or exact ones, with the same evaluations of the model.
+"""Guides and NUTS on posteriors with reference or exact draws, with the same number of model evaluations.
 
-    python benchmarks/guides.py FOLDER                     # everything: some hours on one core
+    python benchmarks/guides.py FOLDER                     # everything: several hours on one core
     python benchmarks/guides.py FOLDER --targets arK ring --guides AutoIAF AutoNormal --seeds 0 1 2 --out guides
-    python benchmarks/guides.py --guides "AutoIAF, fit_guide" --out guides       # the toys with exact draws alone
+    python benchmarks/guides.py --guides "AutoIAF, fit_guide" --out guides       # only the toys with exact draws
 
-FOLDER holds a file NAME.npz for each posterior, with `names` of its parameters, reference `draws` and the data of the
-model as `data_*`; parts/posteriors.py says which are known. parts/toys.py has those with exact draws. Results are
-merged into what the folder of results has: a run that was ended goes on where it was, and others may add targets,
-guides and seeds. Without --out that folder is benchmarks/results. README.md says how to read them.
+FOLDER holds a file NAME.npz for each posterior, with the `names` of its parameters, reference `draws` and the data of
+the model as `data_*`. The supported names are in parts/posteriors.py, toys with exact draws in parts/toys.py. Results
+are merged into those of --out, by default benchmarks/results, so an interrupted run can be resumed, and later runs can
+add targets, guides and seeds. README.md explains how to read them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from parts.posteriors import Posterior, stored
 from parts.toys import TOYS
 
 SAME_SIZE = ("AutoIAF", "AutoIAFNormal")
-"""Two guides with the same number of layers and the same widths: their steps are compared in turns."""
+"""Two guides with equally many layers of the same widths, whose steps are timed in turns."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fit, measure, show."""
+    """Fit and measure every guide, store the results, print tables and draw marginals."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "guides.json"
@@ -42,43 +42,43 @@ def main(arguments: list[str] | None = None) -> None:
         measure(results, options, path)
     text = standings_of_guides.tables(results["posteriors"])
     write(options.out / "guides.md", text)
-    pictured = {name: found for name, found in results["posteriors"].items() if "histograms" in found}
+    pictured = {name: section for name, section in results["posteriors"].items() if "histograms" in section}
     marginals.draw(pictured, options.out / "guides.png")
     print(text)
     print(f"Results, tables and picture are in {options.out}.")
 
 
 def measure(results: dict[str, Any], options: argparse.Namespace, path: Path) -> None:
-    """Fit what there are no results of, and write them after each fit."""
+    """Run the fits that have no results yet, and write results after each fit."""
     for posterior in targets(options):
-        found = results["posteriors"].setdefault(posterior.name, described(posterior))
+        section = results["posteriors"].setdefault(posterior.name, new_section(posterior))
         for name in options.guides:
             for seed in options.seeds:
-                add(found, posterior, name, seed, options)
+                add(section, posterior, name, seed, options)
                 write(path, json.dumps(results))
-        if options.costs and "gradients" not in found:
-            found |= costs(posterior, options.steps)
+        if options.costs and "gradients" not in section:
+            section |= costs(posterior, options.steps)
             write(path, json.dumps(results))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="of posteriors with reference draws")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of posteriors with reference draws")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="default: all of FOLDER and all toys")
-    parser.add_argument("--steps", type=int, help=f"default: {STEPS:,}, and what fit_guide takes")
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS:,}, or as many as fit_guide needs")
     parser.add_argument(
         "--guides", choices=CONTENDERS, nargs="+", default=list(CONTENDERS), metavar="NAME", help="default: all"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
-    parser.add_argument("--again", action="store_true", help="measure again what there are results of")
-    parser.add_argument("--costs", action="store_true", help="also times of steps, and variances of gradients")
+    parser.add_argument("--again", action="store_true", help="repeat fits that have results")
+    parser.add_argument("--costs", action="store_true", help="also measure times of steps and variances of gradients")
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=RESULTS, help="where results are merged")
     return parser.parse_args(arguments)
 
 
 def targets(options: argparse.Namespace) -> Iterator[Posterior]:
-    """The posteriors that are asked for."""
+    """The posteriors selected, reporting files without a model."""
     chosen = options.targets
     for posterior in [] if options.folder is None else stored(options.folder):
         if isinstance(posterior, str):
@@ -90,48 +90,48 @@ def targets(options: argparse.Namespace) -> Iterator[Posterior]:
             yield make()
 
 
-def described(posterior: Posterior) -> dict[str, Any]:
-    """What there is to say of a posterior before any guide."""
-    found: dict[str, Any] = {
+def new_section(posterior: Posterior) -> dict[str, Any]:
+    """Results of a posterior before any fit."""
+    section: dict[str, Any] = {
         "dimensions": len(posterior.columns),
         "c2st_of_references": accuracy.agreement_of_references(posterior),
         "guides": {},
     }
     if posterior.name not in TOYS:
-        found |= marginals.panels(posterior)
-    return found
+        section |= marginals.panels(posterior)
+    return section
 
 
-def add(found: dict[str, Any], posterior: Posterior, name: str, seed: int, options: argparse.Namespace) -> None:
-    """Add a fit to the results of a posterior, unless they have it."""
-    fits = found["guides"].setdefault(name, {})
+def add(section: dict[str, Any], posterior: Posterior, name: str, seed: int, options: argparse.Namespace) -> None:
+    """Fit a guide and add it to the results of a posterior, unless it is there already."""
+    fits = section["guides"].setdefault(name, {})
     if str(seed) in fits and not options.again:
         return
     try:
         fitted = fit(name, posterior, options.steps, seed)
         draws = drawn(posterior, fitted)
-    except Exception as error:  # whatever ends a fit is its result
+    except Exception as error:  # a failure is a result too
         fits[str(seed)] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
     else:
-        own = accuracy.measure(posterior, fitted.guide, fitted.diagnosis, draws)
-        fits[str(seed)] = own | {"start": fitted.start, "seconds": fitted.seconds, "steps": fitted.steps}
+        figures = accuracy.measure(posterior, fitted.guide, fitted.diagnosis, draws)
+        fits[str(seed)] = figures | {"start": fitted.start, "seconds": fitted.seconds, "steps": fitted.steps}
         if fitted.clock:
             fits[str(seed)]["errors_in_time"] = accuracy.errors_in_time(posterior, draws, fitted.clock)
-        if name in marginals.SHOWN and seed == options.seeds[0] and "histograms" in found:
-            found["histograms"][name] = marginals.histograms(posterior, draws)
-    print(f"{posterior.name}, {name}, seed {seed}: {brief(fits[str(seed)])}", file=sys.stderr, flush=True)
+        if name in marginals.SHOWN and seed == options.seeds[0] and "histograms" in section:
+            section["histograms"][name] = marginals.histograms(posterior, draws)
+    print(f"{posterior.name}, {name}, seed {seed}: {one_line(fits[str(seed)])}", file=sys.stderr, flush=True)
 
 
-def brief(own: dict[str, Any]) -> str:
-    """A fit in a line."""
-    if "error" in own:
-        return str(own["error"])
-    figures = f"C2ST {own['c2st']:.3f}, err {own['err']:.3f}, k-hat {own['k_hat']:.2f}, ELBO {own['elbo']:.3f}"
-    return f"{figures}, {own['start'] + own['seconds']:.1f} s, {own['steps']} steps. {own['verdict']}"
+def one_line(fit: dict[str, Any]) -> str:
+    """One-line summary of a fit."""
+    if "error" in fit:
+        return str(fit["error"])
+    figures = f"C2ST {fit['c2st']:.3f}, err {fit['err']:.3f}, k-hat {fit['k_hat']:.2f}, ELBO {fit['elbo']:.3f}"
+    return f"{figures}, {fit['start'] + fit['seconds']:.1f} s, {fit['steps']} steps. {fit['verdict']}"
 
 
 def costs(posterior: Posterior, count: int | None) -> dict[str, Any]:
-    """What steps cost, and how noisy gradients of fitted guides are."""
+    """Times of steps, and variances of the gradients of fitted guides."""
     repetitions = min(steps.REPETITIONS, count or steps.REPETITIONS)
     seeds = min(steps.SEEDS, count or steps.SEEDS)
     gradients = {

@@ -1,10 +1,10 @@
-"""What launching kernels costs on a GPU: eager, and replayed as one CUDA graph.
+"""Cost of launching kernels on a GPU: eager calls against one CUDA graph.
 
     python benchmarks/launches.py            # a table, in milliseconds
     python benchmarks/launches.py --sizes 6,100 --batches 100
 
-A training step (loss, gradient, clipping, Adam), both directions without a gradient, and the sequential one with a
-gradient. The sequential direction is timed by Triton and, for comparison, as D steps of torch operations.
+It times a training step (loss, gradient, clipping, Adam), both directions without a gradient, and the sequential
+direction with its gradient, in Triton and, without the gradient, as D steps of torch operations.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pyro_maf.sweep.torch_engine import layers as layers
 LAYERS = 5
 REPETITIONS = 40
 SLOW = 0.05
-"""Seconds from which on a call is repeated three times alone."""
+"""Seconds of a call above which it is timed only three times."""
 LEARNING_RATE = 1e-6
 
 Call = Callable[[], Any]
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table of times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["6,100", "63,512"], metavar="D,H")
     parser.add_argument("--batches", nargs="+", type=int, default=[100, 1000, 10_000], metavar="B")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def calls(dim: int, hidden: int, batch: int) -> dict[str, Call]:
-    """What is timed."""
+    """The calls to time, by name."""
     flow = Architecture("MAF", dim, hidden, LAYERS).flow().cuda()
     prior = FlowPrior(flow)
     data = torch.randn(batch, dim, device="cuda")
@@ -87,7 +87,7 @@ def calls(dim: int, hidden: int, batch: int) -> dict[str, Call]:
 
 
 def row(call: Call, what: str) -> str:
-    """Both times of a call."""
+    """Eager and graph time of a call, as table cells."""
     with in_torch() if what.endswith("torch") else nullcontext():
         eager = milliseconds(call)
         graph = "" if what.endswith("torch") else f"{milliseconds(captured(call)):.2f}"
@@ -96,13 +96,13 @@ def row(call: Call, what: str) -> str:
 
 @contextmanager
 def in_torch() -> Iterator[None]:
-    """Without the Triton kernels."""
+    """Disable the Triton kernels."""
     with mock.patch.object(layers, "takes_triton", return_value=False):
         yield
 
 
 def captured(call: Call) -> Call:
-    """The call as one CUDA graph."""
+    """Capture the call as one CUDA graph, after three warm-up calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -116,7 +116,7 @@ def captured(call: Call) -> Call:
 
 
 def milliseconds(call: Call) -> float:
-    """The median time of a call on the device, after three that are not counted."""
+    """Median time of a call on the device, after three warm-up calls."""
     times: list[float] = []
     for _ in range(REPETITIONS + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

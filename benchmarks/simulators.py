@@ -1,14 +1,14 @@
-"""Neural posterior estimation by sbi, with the flows of this package and with sbi's own.
+"""Neural posterior estimation by sbi with this package's flows, against sbi's own flows.
 
-    python benchmarks/simulators.py                                    # everything: half an hour of one core
+    python benchmarks/simulators.py                                    # everything: half an hour on one core
     python benchmarks/simulators.py --tasks SLCP --simulations 1000 --seeds 0 1 --out FOLDER
 
-Within a cell, of a task, a number of simulations and a seed, all estimators learn from the same simulations, by sbi's
-`NPE.train` with its defaults; one knows the support of the prior. Measured: the mean of log q(theta | x) over 1,000
-held-out pairs, in nats, paired with that of sbi's `nsf`; the accuracy of a classifier between draws of
-`posterior.sample` and of the exact posterior, at five observations (0.5 is perfect); CPU seconds of training, and of
-10,000 draws at one observation. Cells are merged into what the folder of results has, so that a run can be ended and
-taken up.
+For each task, number of simulations and seed, all estimators learn from the same simulations, by sbi's `NPE.train` with
+its defaults; one of them is told the support of the prior. Measured are the mean of log q(theta | x) over 1,000
+held-out pairs, in nats, and its paired difference from sbi's `nsf`; C2ST, the accuracy of a classifier between draws of
+`posterior.sample` and of the exact posterior, averaged over five observations (0.5 is perfect); CPU seconds of
+training, and of 10,000 draws at one observation. Results are merged into those of --out, so an interrupted run can be
+resumed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HELD_OUT, OBSERVATIONS, DRAWS, COMPARED, REPETITIONS = 1_000, 5, 10_000, 2_000, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure what there are no results of, store, show."""
+    """Measure the cells that have no results yet, store them, print the table and draw the plot."""
     options = parse(arguments)
     torch.set_num_threads(1)
     options.out = options.out.absolute()
@@ -76,20 +76,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", metavar="NAME", default=[task.name for task in TASKS])
     parser.add_argument("--simulations", type=int, nargs="+", default=[1_000, 10_000], metavar="N")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), metavar="NAME")
-    parser.add_argument("--epochs", type=int, default=2**31 - 1, help="the maximum of each training")
-    parser.add_argument("--again", action="store_true", help="measure again what there are results of")
+    parser.add_argument("--epochs", type=int, default=2**31 - 1, help="maximum epochs of each training")
+    parser.add_argument("--again", action="store_true", help="repeat cells that have results")
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=RESULTS, help="where results are merged")
     return parser.parse_args(arguments)
 
 
 def measured(task: Task, names: list[str], simulations: int, seed: int, epochs: int) -> dict[str, Any]:
-    """Figures of every estimator in a cell."""
+    """Figures of every estimator for one task, number of simulations and seed."""
     training, held_out = task.simulations(simulations, seed=2 * seed), task.simulations(HELD_OUT, seed=2 * seed + 1)
     torch.manual_seed(seed)
     references = [task.reference(x, COMPARED) for x in held_out[1][:OBSERVATIONS].split(1)]
@@ -110,7 +110,7 @@ def _measured(
     seed: int,
     epochs: int,
 ) -> tuple[dict[str, Any], Tensor]:
-    """Figures of an estimator, and its log-density of each held-out pair."""
+    """Figures of an estimator, and its log-density at each held-out pair."""
     _trained(task, name, training, seed, epochs=1)  # the first call may compile
     started = time.process_time()
     inference = _trained(task, name, training, seed, epochs)
@@ -137,7 +137,7 @@ def _measured(
 
 def _trained(task: Task, name: str, training: tuple[Tensor, Tensor], seed: int, epochs: int) -> Any:
     torch.manual_seed(seed)
-    with warnings.catch_warnings(), TemporaryDirectory() as folder, chdir(folder):  # sbi writes a log
+    with warnings.catch_warnings(), TemporaryDirectory() as folder, chdir(folder):  # sbi logs to the working directory
         warnings.simplefilter("ignore")
         inference = NPE(task.prior, density_estimator=ESTIMATORS[name](task.prior), show_progress_bars=False)
         inference.append_simulations(*training).train(max_num_epochs=epochs)
