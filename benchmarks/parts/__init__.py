@@ -1,1 +1,1 @@
-"""What the benchmarks are made of; the scripts that run are in the folder above."""
+"""Modules of the benchmark scripts in the folder above."""

@@ -1,4 +1,4 @@
-"""How far the draws of a guide are from reference draws."""
+"""Accuracy of a guide's draws, against reference draws."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pyro_maf.infer import Diagnosis
 
 FOLDS = 5
 COMPARED = 4_000
-"""Draws of either kind that the classifiers are shown."""
+"""Maximum number of draws of either kind for the classifiers."""
 FARTHEST = 20.0
-"""Reference standard deviations at which draws are cut off for the classifiers: infinities would stop them."""
+"""Reference standard deviations at which draws are clipped for the classifiers, which reject infinities."""
 CHECKED = 40
-"""Number of lengths of a chain at which the error of its means is taken."""
+"""Maximum number of lengths of a chain at which the error of its means is measured."""
 QUANTILES = (0.05, 0.5, 0.95)
 
 
 def measure(posterior: Posterior, guide: Any, diagnosis: Diagnosis, draws: np.ndarray) -> dict[str, Any]:
-    """Everything there is to say of a fitted guide or a chain, of which `draws` are."""
+    """All figures of a fitted guide or a chain with these draws."""
     return {
         "err": mean_error(posterior, draws),
         "c2st": c2st(posterior, draws),
@@ -42,28 +42,28 @@ def measure(posterior: Posterior, guide: Any, diagnosis: Diagnosis, draws: np.nd
 
 
 def mean_error(posterior: Posterior, draws: np.ndarray) -> float:
-    """Root mean square, over columns, of the error of the mean in reference standard deviations."""
+    """Root mean square over columns of the error of the mean, in reference standard deviations."""
     errors = (draws.mean(0) - posterior.draws.mean(0)) / posterior.scales
     return float(np.sqrt(np.mean(errors**2)))
 
 
 def errors_in_time(posterior: Posterior, draws: np.ndarray, clock: Sequence[float]) -> list[list[float]]:
-    """Processor seconds of a chain, and the error of its means until then, at 40 numbers of draws or fewer."""
+    """Processor seconds of a chain and the error of its means by then, at up to 40 lengths."""
     counts = np.unique(np.geomspace(1, len(clock), CHECKED).astype(int)) if clock else []
     return [[clock[count - 1], mean_error(posterior, draws[:count])] for count in counts]
 
 
 def quantile_error(posterior: Posterior, guide: Any, draws: np.ndarray) -> float:
-    """The largest error of a 5, 50 or 95 % quantile of any column, in reference standard deviations."""
-    found = np.quantile(draws, QUANTILES, axis=0)
+    """Largest error of a 5, 50 or 95 % quantile of any column, in reference standard deviations."""
+    quantiles = np.quantile(draws, QUANTILES, axis=0)
     if posterior.has_columns_of_sites and hasattr(guide, "quantiles"):
         with contextlib.suppress(NotImplementedError):  # Pyro's flows have none
-            found = posterior.table(guide.quantiles(list(QUANTILES), *posterior.args))
-    return float(np.abs((found - np.quantile(posterior.draws, QUANTILES, axis=0)) / posterior.scales).max())
+            quantiles = posterior.table(guide.quantiles(list(QUANTILES), *posterior.args))
+    return float(np.abs((quantiles - np.quantile(posterior.draws, QUANTILES, axis=0)) / posterior.scales).max())
 
 
 def c2st(posterior: Posterior, draws: np.ndarray, reference: np.ndarray | None = None) -> float:
-    """Accuracy, over five folds, of the better of two classifiers at telling draws from reference draws."""
+    """Classifier two-sample test: cross-validated accuracy of the better of two classifiers on draws and reference."""
     reference = posterior.draws if reference is None else reference
     if len(draws) < 2 * FOLDS:
         return 1.0
@@ -82,7 +82,7 @@ def c2st(posterior: Posterior, draws: np.ndarray, reference: np.ndarray | None =
 
 
 def agreement_of_references(posterior: Posterior) -> float:
-    """C2ST of two parts of the reference draws: what a perfect guide would score."""
+    """C2ST between two halves of the reference draws, the score of a perfect guide."""
     rows = np.random.default_rng(2).permutation(posterior.draws)
     half = len(rows) // 2
     return c2st(posterior, rows[:half], rows[half:])

@@ -1,8 +1,8 @@
-"""What is compared: a stack of layers with two hidden layers each, its weights, and one dense pass through them."""
+"""Architectures to compare: stacks of layers with two hidden layers each, their weights, and their dense pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from pyro_maf.transforms import Flow, Stack
 
 HIDDEN_LAYERS = 2
 BINS = 8
-"""Number of bins of a spline, ours by default."""
+"""Number of bins of a spline, the default of `NSF`."""
 
 
 class Architecture(NamedTuple):
@@ -27,11 +27,12 @@ class Architecture(NamedTuple):
     layers: int
 
     def flow(self) -> Stack:
-        """Our flow, with the same weights every time; the peers are given copies of them."""
+        """Our flow, with the same weights every time, which the peers copy."""
         torch.manual_seed(0)
         make = {"MAF": MAF, "IAF": IAF, "RealNVP": RealNVP, "NSF": NSF}[self.family]
         flow = make(self.dim, num_layers=self.layers, hidden_dims=[self.hidden] * HIDDEN_LAYERS)
-        # Flows start as the identity; weights as large as a short training makes them keep samples finite everywhere.
+        # Flows start as the identity. Random output weights of the size that a short training gives avoid that special
+        # case and keep samples finite.
         with torch.no_grad():
             for network in networks(flow):
                 bound = 0.3 / self.hidden**0.5
@@ -41,7 +42,7 @@ class Architecture(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """One layer of a network: its mask is all true where there is none."""
+    """One linear layer of a network; without a mask, `mask` is all true."""
 
     weight: Tensor
     bias: Tensor
@@ -49,17 +50,17 @@ class Linear(NamedTuple):
 
 
 def networks(flow: Stack) -> list[MADE | MLP]:
-    """The network of each layer, noise to data."""
+    """The network of each layer, from noise to data."""
     return [network_of(layer) for layer in flow]
 
 
 def network_of(layer: Flow) -> MADE | MLP:
-    """The one network of a layer."""
+    """The network of a layer."""
     return layer.made if hasattr(layer, "made") else layer.networks[0]
 
 
 def linears(network: MADE | MLP) -> list[Linear]:
-    """The layers of a network."""
+    """The linear layers of a network."""
     return [
         Linear(layer.weight.detach(), layer.bias.detach(), getattr(layer, "mask", torch.ones_like(layer.weight)).bool())
         for layer in network.layers
@@ -67,22 +68,22 @@ def linears(network: MADE | MLP) -> list[Linear]:
 
 
 def paired(outputs: int) -> Tensor:
-    """Where output k of a coupling network of ours lies for those who keep a pair for each dimension together."""
+    """Permutation of our coupling networks' outputs for peers that interleave shift and scale of each dimension."""
     return torch.arange(outputs).view(2, -1).T.flatten()
 
 
 def split(outputs: int) -> Tensor:
-    """Where output k of a masked network of ours lies for those who give all shifts and then all scales."""
+    """Permutation of our masked networks' outputs for peers that put all shifts before all scales."""
     return torch.arange(outputs).view(-1, 2).T.flatten()
 
 
 def rearranged(linear: list[Linear], *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> list[Linear]:
-    """The same network with its inputs and outputs in another order.
+    """The same network with its inputs and outputs permuted.
 
     Args:
         linear: The layers.
-        inputs: Which of the old inputs each new one is.
-        outputs: Likewise of outputs.
+        inputs: Index of the old input for each new one.
+        outputs: Index of the old output for each new one.
     """
     linear = list(linear)
     if inputs is not None:
@@ -95,10 +96,10 @@ def rearranged(linear: list[Linear], *, inputs: Tensor | None = None, outputs: T
 
 
 def dense_pass(flow: Stack, device: torch.device) -> Callable[[Tensor], None]:
-    """One dense pass through every layer's network in turn: masks multiplied in beforehand, nothing but products.
+    """One dense pass through every layer's network, without univariate maps and with masks multiplied in beforehand.
 
-    It is what the sequential direction is measured against, and takes the same time whatever its input, so each
-    network is given the noise.
+    It is the unit for the sequential direction. Its time does not depend on its input, so each network is given the
+    noise.
     """
     passes = []
     for network in networks(flow):
@@ -113,23 +114,19 @@ def dense_pass(flow: Stack, device: torch.device) -> Callable[[Tensor], None]:
     return run
 
 
-def check_same_network(flow: Stack, theirs: Callable[[int, Tensor], Tensor], who: str) -> None:
-    """Raise unless a peer's networks give what ours give.
+def check_same_network(flow: Stack, outputs: Callable[[int, Tensor], Tensor], name: str) -> None:
+    """Raise `RuntimeError` unless a peer's networks have the outputs of ours.
 
     Args:
         flow: Our flow.
-        theirs: The outputs of the peer's network of layer `index` for given inputs, both in our arrangement.
-        who: The peer's name.
+        outputs: Function of a layer's index and inputs that returns the outputs of the peer's network, both arranged as
+            ours.
+        name: The peer's name.
     """
-    for index, (ours, network) in enumerate(_ours(flow)):
-        # Where our networks see their inputs as they are.
+    for index, network in enumerate(networks(flow)):
+        # Small enough that our networks do not compress the inputs.
         inputs = torch.rand(5, network.input_dim, generator=torch.Generator().manual_seed(index)) * 4 - 2
         with torch.no_grad():
-            expected, found = ours(inputs), theirs(index, inputs)
-        if not torch.allclose(expected, found, rtol=1e-3, atol=1e-4):
-            raise RuntimeError(f"{who}: the network of layer {index} is not the one that was to be copied.")
-
-
-def _ours(flow: Stack) -> Iterator[tuple[Callable[[Tensor], Tensor], MADE | MLP]]:
-    for network in networks(flow):
-        yield (lambda x, network=network: network.run(x, None)), network
+            expected, actual = network.run(inputs, None), outputs(index, inputs)
+        if not torch.allclose(expected, actual, rtol=1e-3, atol=1e-4):
+            raise RuntimeError(f"{name}: the network of layer {index} differs from ours, which it should copy.")

@@ -1,4 +1,4 @@
-"""Measuring: all contenders, for all architectures of a plan, in one process."""
+"""Measurements of a plan in one process: a cell holds the times of all contenders for one task and size."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ METHODS = {
     "spline_sample": "sample",
 }
 PARALLEL_TWIN = {"sample": "log_prob", "sample_backward": "train", "spline_sample": "spline_log_prob"}
-"""The one-pass task whose time, times D, is what D passes take."""
+"""The parallel task whose time, multiplied by D, predicts that of a sequential task done by D passes."""
 TRAINING = ("train", "fit", "sample_backward", "guide", "spline_train")
 AFFINE = "affine"
-"""Our flow with affine maps in place of splines, of the same sizes."""
+"""Our flow of the same size with affine maps in place of splines."""
 SHARE_OF_MEMORY = 0.5
 INPUTS = 3
 UPDATES, UPDATE_BATCH = 30, 100
@@ -43,12 +43,12 @@ Cell = dict[str, Any]
 
 
 def cells(plan: Plan, peers: dict[str, type[Peer]], memory: float) -> Iterator[Cell]:
-    """What was measured, cell by cell.
+    """Measure the plan, cell by cell.
 
     Args:
-        plan: What to measure.
-        peers: Who takes part, by name.
-        memory: Bytes of memory that are free.
+        plan: Sizes, tasks and limits.
+        peers: Classes of the peers, by name.
+        memory: Bytes of free memory.
     """
     for architecture in plan.architectures():
         flow = architecture.flow()
@@ -62,17 +62,17 @@ def cells(plan: Plan, peers: dict[str, type[Peer]], memory: float) -> Iterator[C
             except UnsupportedError as reason:
                 notes[name] = f"has no such flow: {reason}"
                 continue
-            if architecture.family != "NSF":  # a spline has other parameters everywhere
+            if architecture.family != "NSF":  # each package parametrises splines differently
                 check_same_network(flow, built[name].outputs, name)
         if architecture.family == "NSF":
             affine = architecture._replace(family="MAF")
             built[AFFINE] = Ours(affine, affine.flow(), torch.device(plan.device))
         dense = dense_pass(flow, torch.device(plan.device))
         for batch in plan.batches_of(architecture.family):
-            known: dict[tuple[str, str], float] = {}
+            fastest: dict[tuple[str, str], float] = {}
             for task in plan.tasks_of(architecture.family):
                 contenders = [
-                    _contender(name, peer, task, batch, known.get((name, PARALLEL_TWIN.get(task, ""))))
+                    _contender(name, peer, task, batch, fastest.get((name, PARALLEL_TWIN.get(task, ""))))
                     for name, peer in built.items()
                 ]
                 contenders.append(Contender(DENSE, _on_noise(dense, architecture, batch, plan.device)))
@@ -82,7 +82,7 @@ def cells(plan: Plan, peers: dict[str, type[Peer]], memory: float) -> Iterator[C
                     longest_call=plan.longest_call,
                     memory=SHARE_OF_MEMORY * memory,
                 )
-                known.update({(name, task): own.minimum for name, own in times.items()})
+                fastest.update({(name, task): each.minimum for name, each in times.items()})
                 yield {
                     "threads": plan.threads,
                     "task": task,
@@ -90,7 +90,7 @@ def cells(plan: Plan, peers: dict[str, type[Peer]], memory: float) -> Iterator[C
                     "H": architecture.hidden,
                     "layers": architecture.layers,
                     "batch": batch,
-                    "times": {name: _described(own, times) for name, own in times.items()},
+                    "times": {name: _entry(each, times) for name, each in times.items()},
                     "notes": notes,
                 }
         del built
@@ -98,7 +98,7 @@ def cells(plan: Plan, peers: dict[str, type[Peer]], memory: float) -> Iterator[C
 
 
 def updates(plan: Plan) -> Iterator[dict[str, Any]]:
-    """How long the first call after a change of all weights takes, against the one after it."""
+    """Time of the first call after all weights changed, against the next call."""
     for dim, hidden in plan.sizes:
         architecture = Architecture("MAF", dim, hidden, 1)
         ours = Ours(architecture, architecture.flow(), torch.device(plan.device))
@@ -109,7 +109,7 @@ def updates(plan: Plan) -> Iterator[dict[str, Any]]:
             ours.change_weights()
             first.append(once(sample))
             warm.append(once(sample))
-        first, warm = first[1:], warm[1:]  # what is compiled is compiled in the first call of all
+        first, warm = first[1:], warm[1:]  # the very first call may compile
         yield {
             "threads": plan.threads,
             "D": dim,
@@ -134,7 +134,7 @@ def _contender(name: str, peer: Peer, task: str, batch: int, one_pass: float | N
 
 
 def _inputs(peer: Peer, dim: int, batch: int) -> list[Any]:
-    """More than one, in turns: some of us remember what they made of the last."""
+    """Several inputs to cycle through, since some packages cache results for the last one."""
     generator = torch.Generator().manual_seed(1)
     return [peer.prepare(torch.randn(batch, dim, generator=generator)) for _ in range(INPUTS)]
 
@@ -151,19 +151,19 @@ def _on_noise(dense: Callable[..., None], architecture: Architecture, batch: int
     return run
 
 
-def _described(own: Times, times: dict[str, Times]) -> dict[str, Any]:
+def _entry(each: Times, times: dict[str, Times]) -> dict[str, Any]:
     return {
-        "measured": own.measured,
-        "minimum": own.minimum,
-        "median": own.median,
-        "repetitions": own.repetitions,
-        "predicted": own.predicted,
-        "over_ours": paired_ratio(own, times[OURS]),
-        "over_dense": paired_ratio(own, times[DENSE]),
-        "note": own.note,
+        "measured": each.measured,
+        "minimum": each.minimum,
+        "median": each.median,
+        "repetitions": each.repetitions,
+        "predicted": each.predicted,
+        "over_ours": paired_ratio(each, times[OURS]),
+        "over_dense": paired_ratio(each, times[DENSE]),
+        "note": each.note,
     }
 
 
 def describe(task: str) -> str:
-    """What a task is."""
+    """Description of a task."""
     return TASKS[task][1]

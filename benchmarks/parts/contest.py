@@ -1,4 +1,4 @@
-"""One set of data: our models and others', each fitted once and kept, and what they come to."""
+"""Fits of our models and of peers to one data set, each stored once, and their comparison."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pyro_maf.experiments import Candidate, Estimate, compare, estimate
 OURS = "pyro-maf"
 BATCH, PATIENCE, SEED = 100, 30, 0
 DEFAULT = Candidate("default", "default")
-"""What everyone fits by a recipe of their own: we without a flow, `fit(rows)`; simple densities are next to it too."""
+"""Each package's own recommendation: for ours `fit(rows)`, for peers a recipe; simple densities are compared too."""
 
 SHARED = ("MADE MoG", "RealNVP (5)", "MAF (5)", "MAF MoG (5)", "NSF (5)")
-"""What peers fit, where they have it, with the most hidden layers that we try."""
+"""Models that peers fit too if they have them, with the largest number of hidden layers that we try."""
 
 PAIRS = (
     ("NSF (5)", "MAF (5)"),
@@ -40,23 +40,23 @@ PAIRS = (
     ("RealNVP (5)", "MADE"),
     ("MADE", "Gaussian"),
 )
-"""Which is expected ahead of which."""
+"""Pairs of models of which the first is expected to be ahead."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fitted to a set, and for how long.
+    """Models to fit to a data set, and the settings of their training.
 
     Attributes:
         candidates: Our models, with every width.
-        peers: Who else fits the shared ones.
-        recipes: Who else has a recipe of their own, for as many seconds as the default takes.
-        seeds: How often the default is fitted, and the recipes of others.
-        weight_decay: Of everybody but the default and the recipes; ours falls where nothing is gained.
-        epochs: The most passes over the training rows.
-        rate: Adam's learning rate, to begin with.
-        folder: Where fits are kept.
-        blind: Where those without the context are kept, for data that has one.
+        peers: Peers that fit the shared models.
+        epochs: Maximum number of epochs.
+        rate: Initial learning rate of Adam.
+        folder: Folder that stores fits.
+        blind: Folder that stores the fits without the context, for data with one.
+        recipes: Peers that are fitted by their own recipe, for as many seconds as the default takes.
+        seeds: Number of seeds for the default and the recipes.
+        weight_decay: Weight decay of all but the default and the recipes; `fit` lowers it if the loss stops falling.
     """
 
     candidates: tuple[Candidate, ...]
@@ -72,7 +72,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Fit:
-    """Somebody's model, fitted: test log-likelihoods in nats by row, and processor seconds."""
+    """A fitted model: test log-likelihoods in nats by row, mean validation log-likelihood, and processor seconds."""
 
     who: str
     candidate: Candidate
@@ -85,12 +85,12 @@ class Fit:
 
 
 def run(data: Dataset, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Fit one after another; what all of those so far come to, after each."""
+    """Fit one model after another; yield a summary of all fits so far after each."""
     fits: list[Fit] = []
     for who, candidate, seed in _entrants(data, plan):
-        own = plan.folder / (f"{who}-{candidate.slug}" + f"-{seed}" * (seed > 0))
+        folder = plan.folder / (f"{who}-{candidate.slug}" + f"-{seed}" * (seed > 0))
         try:
-            fit = _stored(own, who, candidate, seed) or _fitted(data, plan, (who, candidate, seed), own, fits)
+            fit = _stored(folder, who, candidate, seed) or _fitted(data, plan, (who, candidate, seed), folder, fits)
         except UnsupportedError:
             continue
         fits.append(fit)
@@ -98,7 +98,7 @@ def run(data: Dataset, plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def _entrants(data: Dataset, plan: Plan) -> Iterator[tuple[str, Candidate, int]]:
-    """Who fits what, with which seed."""
+    """Package, model and seed of each fit."""
     if DEFAULT in plan.candidates:
         for seed in range(plan.seeds):
             yield OURS, DEFAULT, seed
@@ -114,7 +114,7 @@ def _entrants(data: Dataset, plan: Plan) -> Iterator[tuple[str, Candidate, int]]
             yield who, candidate, SEED
 
 
-def _fitted(data: Dataset, plan: Plan, entrant: tuple[str, Candidate, int], own: Path, fits: list[Fit]) -> Fit:
+def _fitted(data: Dataset, plan: Plan, entrant: tuple[str, Candidate, int], folder: Path, fits: list[Fit]) -> Fit:
     who, candidate, seed = entrant
     if who == OURS:
         fit = _default(data, seed) if candidate == DEFAULT else _ours(data, plan, candidate)
@@ -122,21 +122,21 @@ def _fitted(data: Dataset, plan: Plan, entrant: tuple[str, Candidate, int], own:
         (ours,) = (fit for fit in fits if (fit.who, fit.candidate, fit.seed) == (OURS, DEFAULT, seed))
         fit = _by_recipe(data, who, seed, ours.seconds)
     else:
-        fit = _theirs(data, plan, who, candidate)
+        fit = _by_peer(data, plan, who, candidate)
     array = io.BytesIO()
     np.save(array, fit.log_prob.numpy(), allow_pickle=False)
-    own.mkdir(parents=True, exist_ok=True)
-    write_whole(own / "log_prob.npy", array.getvalue())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "log_prob.npy", array.getvalue())
     figures = {name: getattr(fit, name) for name in ("validation", "epochs", "seconds", "parameters")}
-    write_whole(own / "fit.json", json.dumps(figures).encode())
+    write_whole(folder / "fit.json", json.dumps(figures).encode())
     return fit
 
 
-def _stored(own: Path, who: str, candidate: Candidate, seed: int = SEED) -> Fit | None:
-    if not (own / "fit.json").is_file():
+def _stored(folder: Path, who: str, candidate: Candidate, seed: int = SEED) -> Fit | None:
+    if not (folder / "fit.json").is_file():
         return None
-    figures = json.loads((own / "fit.json").read_text(encoding="utf-8"))
-    log_prob = torch.from_numpy(np.load(own / "log_prob.npy", allow_pickle=False))
+    figures = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    log_prob = torch.from_numpy(np.load(folder / "log_prob.npy", allow_pickle=False))
     return Fit(who, candidate, log_prob, **figures, seed=seed)
 
 
@@ -150,7 +150,7 @@ def _default(data: Dataset, seed: int) -> Fit:
         progress=False,
     )
     if isinstance(result.density.unwrapped, TableDensity):
-        raise ValueError(f"{data.name} has columns on a grid, whose probabilities are no densities to compare.")
+        raise ValueError(f"{data.name} has discrete columns, whose probabilities cannot be compared with densities.")
     log_prob = result.score(data.test, data.test_context).double()
     seconds = time.process_time() - started
     parameters = sum(weight.numel() for weight in result.density.parameters())
@@ -175,7 +175,7 @@ def _by_recipe(data: Dataset, who: str, seed: int, budget: float) -> Fit:
 
 def _ours(data: Dataset, plan: Plan, candidate: Candidate) -> Fit:
     started = time.process_time()
-    found = compare(
+    comparison = compare(
         data,
         [candidate],
         folder=plan.folder / "densities",
@@ -186,16 +186,16 @@ def _ours(data: Dataset, plan: Plan, candidate: Candidate) -> Fit:
         weight_decay=plan.weight_decay,
         seed=SEED,
     )
-    if found.missing:
+    if comparison.missing:
         raise KeyboardInterrupt
-    if found.failed:
-        raise UnsupportedError(found.failed[candidate.name])
-    (score,) = found.tried
+    if comparison.failed:
+        raise UnsupportedError(comparison.failed[candidate.name])
+    (score,) = comparison.tried
     seconds = time.process_time() - started
     return Fit(OURS, candidate, score.log_prob, score.validation, score.epochs, seconds, score.parameters)
 
 
-def _theirs(data: Dataset, plan: Plan, who: str, candidate: Candidate) -> Fit:
+def _by_peer(data: Dataset, plan: Plan, who: str, candidate: Candidate) -> Fit:
     started = time.process_time()
     standard, gain = standardised(data)
     torch.manual_seed(SEED)
@@ -217,14 +217,14 @@ def _theirs(data: Dataset, plan: Plan, who: str, candidate: Candidate) -> Fit:
 
 
 def summary(data: Dataset, plan: Plan, fits: list[Fit]) -> dict[str, Any]:
-    """Everything worth keeping, as JSON has it."""
+    """Results of the fits, ready for JSON."""
     best: dict[str, Fit] = {}
-    together = list(_over_seeds(fits))
-    for fit in together:
+    averaged = list(_over_seeds(fits))
+    for fit in averaged:
         name = fit.candidate.name
         if fit.who == OURS and (name not in best or fit.validation > best[name].validation):
             best[name] = fit
-    found = {
+    section = {
         "date": date.today().isoformat(),
         "input_dim": data.input_dim,
         "context_dim": data.context_dim,
@@ -234,7 +234,7 @@ def summary(data: Dataset, plan: Plan, fits: list[Fit]) -> dict[str, Any]:
         "weight_decay": plan.weight_decay,
         "models": [_line(data, fit) for fit in best.values()],
         "tried": [_line(data, fit) for fit in fits],
-        "against_peers": list(_against(together)),
+        "against_peers": list(_against(averaged)),
         "order": [
             {"first": one, "second": other, **_difference(best[one], best[other])}
             for one, other in PAIRS
@@ -242,8 +242,8 @@ def summary(data: Dataset, plan: Plan, fits: list[Fit]) -> dict[str, Any]:
         ],
     }
     if plan.blind is not None:
-        found["given_context"] = list(_gains(best.values(), plan.blind))
-    return found
+        section["given_context"] = list(_gains(best.values(), plan.blind))
+    return section
 
 
 def _line(data: Dataset, fit: Fit) -> dict[str, Any]:
@@ -257,20 +257,20 @@ def _line(data: Dataset, fit: Fit) -> dict[str, Any]:
 
 
 def _over_seeds(fits: list[Fit]) -> Iterator[Fit]:
-    """The fits of each, of a row's mean log-likelihood over seeds."""
+    """One fit for each package and model, with the mean over seeds of each row's log-likelihood."""
     for who, candidate in dict.fromkeys((fit.who, fit.candidate) for fit in fits):
-        own = [fit for fit in fits if (fit.who, fit.candidate) == (who, candidate)]
-        means = {name: float(np.mean([getattr(fit, name) for fit in own])) for name in ("validation", "seconds")}
-        yield replace(own[0], log_prob=torch.stack([fit.log_prob for fit in own]).mean(0), **means)
+        seeds = [fit for fit in fits if (fit.who, fit.candidate) == (who, candidate)]
+        means = {name: float(np.mean([getattr(fit, name) for fit in seeds])) for name in ("validation", "seconds")}
+        yield replace(seeds[0], log_prob=torch.stack([fit.log_prob for fit in seeds]).mean(0), **means)
 
 
 def _against(fits: list[Fit]) -> Iterator[dict[str, Any]]:
-    """Each of our fits against others' of the same model and widths."""
+    """Comparison of each of our fits with the peers' fits of the same model and widths."""
     for ours in fits:
         others = {fit.who: fit for fit in fits if fit.candidate == ours.candidate and fit.who != OURS}
         if ours.who != OURS or not others:
             continue
-        # A mean that is not a number is that of a fit that came to nothing.
+        # A fit that diverged has a mean of NaN.
         best = max(others.values(), key=lambda fit: fit.log_prob.nan_to_num(nan=-torch.inf).mean().item())
         yield {
             "model": ours.candidate.name,
@@ -284,7 +284,7 @@ def _against(fits: list[Fit]) -> Iterator[dict[str, Any]]:
 
 
 def _gains(fits: Iterable[Fit], blind: Path) -> Iterator[dict[str, Any]]:
-    """By how much our models predict the test rows better given the context than without it, the widths the same."""
+    """Gain in test log-likelihood of each of our models from the context, at the same widths."""
     for fit in fits:
         without = _stored(blind / f"{OURS}-{fit.candidate.slug}", OURS, fit.candidate)
         if without is not None:
@@ -292,5 +292,5 @@ def _gains(fits: Iterable[Fit], blind: Path) -> Iterator[dict[str, Any]]:
 
 
 def _difference(one: Fit, other: Fit) -> dict[str, float]:
-    found = estimate(one.log_prob - other.log_prob)
-    return {"difference": found.mean, "difference_error": found.error}
+    difference = estimate(one.log_prob - other.log_prob)
+    return {"difference": difference.mean, "difference_error": difference.error}

@@ -1,4 +1,4 @@
-"""Samples of a conditional model of images, a sheet for each class."""
+"""Samples of a conditional model of images, one sheet per class."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SHOWN = "maf"
 
 
 def draw(data: Dataset, plan: Plan, path: Path) -> bool:
-    """Draw the widest `maf` of the plan, and test images of the first class beside its samples of every class.
+    """Plot test images beside samples of every class by the plan's last fitted MAF of five layers.
 
     Returns:
-        Whether there was one to draw.
+        Whether there was a fitted MAF to sample from.
     """
     fitted = [plan.folder / "densities" / one.slug / "model.safetensors" for one in plan.candidates]
     fitted = [file for file in fitted if file.is_file() and file.parent.name.startswith(f"{SHOWN}-5")]

@@ -1,5 +1,7 @@
-"""A differential equation whose posterior is sampled by a population of chains: eight parameters, and wrong modes far
-from the right one."""
+"""A predator-prey equation with eight parameters, whose posterior has spurious modes far from the dominant one.
+
+Its reference draws come from a population of Metropolis chains.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ SCALE = torch.tensor([0.5] * 4 + [1.0] * 4)
 
 
 def predator_prey() -> Posterior:
-    """Two populations with four rates; these, the first numbers and the errors are unknown, with log-normal priors."""
+    """Two populations with unknown rates, initial sizes and observation errors, all with log-normal priors."""
     noise = np.random.default_rng(0).normal(size=(2, YEARS))
     data = populations(*map(torch.tensor, TRUTH)) + 0.25 * torch.as_tensor(noise, dtype=torch.float32)
 
@@ -67,10 +69,11 @@ def populations(birth: Any, hunt: Any, death: Any, feed: Any, prey: Any, hunters
 
 @torch.no_grad()
 def sampled(loc: Tensor, scale: Tensor, log_likelihood: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """Draws of positive numbers, (chains, columns), whose logarithms are normal before the data.
+    """Posterior draws of positive parameters with log-normal priors, (chains, columns), by sequential Monte Carlo.
 
-    Metropolis chains start as the prior and move through powers of the likelihood. Weights choose each next power, and
-    the chains that go on, so that modes hold the share of their evidence. Proposals have the population's covariance.
+    Metropolis chains start from the prior and pass through tempered likelihoods. Importance weights determine each next
+    power and resample the chains, so that every mode keeps its posterior mass. Proposals have the population's
+    covariance.
     """
     generator = torch.Generator().manual_seed(0)
     prior = dist.Normal(loc, scale).to_event(1)

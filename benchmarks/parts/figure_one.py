@@ -1,7 +1,8 @@
-"""The paper's Figure 1: MADE and a MAF of five layers on a density that is not Gaussian in the order (x1, x2).
+"""The paper's Figure 1: MADE and a MAF of five layers on a density whose conditional of x2 given x1 is not Gaussian.
 
-MADE and the layer of the MAF next to the data have that order, and the MAF's layers take turns. A MAF with one order
-throughout is fitted too: each of its layers is affine in x2 given x1, so they are together, and no more than a MADE.
+MADE, and the layer of the MAF next to the data, have the order (x1, x2); the orders of the MAF's layers alternate. A
+MAF with one order throughout is fitted too: all its layers are affine in x2 given x1, hence so is the stack, and it is
+no better than a MADE.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ MODELS = {
 }
 
 DRAWN = ("MADE", "MAF (5)")
-"""Those of the paper's figure."""
+"""Models in the paper's figure."""
 
 
 def run(folder: Path, epochs: int, rows: int) -> dict[str, Any]:
-    """Fit them, draw what they make of the plane and what noise they map the data to, and say how far off they are."""
+    """Fit the models, plot their densities and the noise that they map the data to, and return their scores."""
     toy = FigureOne()
     data = toy.dataset(train=rows, validation=rows // 4, test=rows // 2)
     exact = toy.log_prob(data.test.double())

@@ -1,4 +1,4 @@
-"""The guides that are compared and the loop that fits them, and NUTS with as many evaluations of the model."""
+"""The guides to compare, the loop that fits them, and NUTS with as many model evaluations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIRST_RATE, LAST_RATE = 1e-2, 5e-4
 
 
 def couplings(dim: int) -> ComposeTransformModule:
-    """Pyro's RealNVP: the dimensions are permuted between layers, as Pyro's own documentation advises."""
+    """Pyro's RealNVP, with random permutations between layers, as Pyro's documentation advises."""
     layers: list[Any] = []
     for index in range(COUPLINGS):
         layers += [permute(dim)] if index else []
@@ -41,7 +41,7 @@ def couplings(dim: int) -> ComposeTransformModule:
 
 
 class AutoZuko(AutoContinuous):
-    """zuko's neural spline flow as a guide, inverted as in Pyro's tutorial, so that draws take one pass a layer."""
+    """zuko's neural spline flow as a guide, inverted as in Pyro's tutorial, so that draws take one pass per layer."""
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -49,7 +49,7 @@ class AutoZuko(AutoContinuous):
         self.flow.transform = self.flow.transform.inv
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
-        """The flow as a distribution of Pyro."""
+        """The flow as a Pyro distribution."""
         return ZukoToPyro(self.flow())
 
 
@@ -68,7 +68,7 @@ GUIDES: dict[str, Callable[[Any], Any]] = {
 CONTENDERS = (*GUIDES, CHAIN)
 DIAGNOSED = 10_000
 WARM_UP = 500
-"""Draws of a chain that are discarded."""
+"""Number of warm-up draws of a chain, which are discarded."""
 
 
 class Fit(NamedTuple):
@@ -76,11 +76,11 @@ class Fit(NamedTuple):
 
     Attributes:
         guide: The guide; None for a chain.
-        diagnosis: Its diagnosis; of a chain without a verdict.
+        diagnosis: The guide's diagnosis; an empty one for a chain.
         draws: Draws of a chain, by site; empty for a guide.
-        start, seconds: Processor seconds of the start, and of the steps.
-        steps: Number of steps, or of evaluations of a chain.
-        clock: Processor seconds until each draw of a chain, its warm-up included; empty for a guide.
+        start, seconds: Processor seconds of initialisation and of the steps.
+        steps: Number of steps of a guide, or of model evaluations of a chain.
+        clock: Processor seconds until each draw of a chain, warm-up included; empty for a guide.
     """
 
     guide: Any
@@ -93,7 +93,7 @@ class Fit(NamedTuple):
 
 
 def fit(name: str, posterior: Posterior, steps: int | None, seed: int = 0) -> Fit:
-    """Start a guide and fit it; `steps` are those of the plain loop, or the most of `fit_guide`, if given."""
+    """Initialise and fit a guide; `steps` is the number for the plain loop and the maximum for `fit_guide`."""
     if name == CHAIN:
         return chain(posterior, PARTICLES * (steps or STEPS), seed)
     guide, start = started(name, posterior, seed)
@@ -113,11 +113,11 @@ def fit(name: str, posterior: Posterior, steps: int | None, seed: int = 0) -> Fi
 
 
 class _SpentError(Exception):
-    """Raised when a chain has had its evaluations."""
+    """Raised when a chain has used up its model evaluations."""
 
 
 def chain(posterior: Posterior, evaluations: int, seed: int = 0) -> Fit:
-    """A chain of NUTS that ends after as many evaluations of the model as the plain loop has, if not before."""
+    """A NUTS chain that ends after `evaluations` model evaluations, or earlier with 10,000 draws."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     count, draws, clock = 0, [], []
@@ -145,7 +145,7 @@ def chain(posterior: Posterior, evaluations: int, seed: int = 0) -> Fit:
 
 @torch.no_grad()
 def drawn(posterior: Posterior, fitted: Fit, count: int = DIAGNOSED) -> np.ndarray:
-    """Draws of a guide, (count, columns), the same every time; or those of a chain."""
+    """Draws of a guide with a fixed seed, (count, columns), or those of a chain."""
     if fitted.guide is None:
         return posterior.table(fitted.draws) if fitted.draws else np.full((1, len(posterior.columns)), np.nan)
     pyro.set_rng_seed(1)
@@ -155,7 +155,7 @@ def drawn(posterior: Posterior, fitted: Fit, count: int = DIAGNOSED) -> np.ndarr
 
 
 def started(name: str, posterior: Posterior, seed: int = 0) -> tuple[Any, float]:
-    """A guide that has been called once, and the processor seconds that took."""
+    """A guide initialised by one call, and the processor seconds of that call."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     guide = GUIDES[name](posterior.model)
@@ -166,7 +166,7 @@ def started(name: str, posterior: Posterior, seed: int = 0) -> tuple[Any, float]
 
 
 def stepper(posterior: Posterior, guide: Any, steps: int = STEPS, *, falls: bool = True) -> SVI:
-    """The plain loop's SVI: the learning rate falls from first to last over `steps`, or stays the first."""
+    """SVI of the plain loop, with a learning rate that decays over `steps` or stays constant."""
     decay = (LAST_RATE / FIRST_RATE) ** (1 / steps) if falls else 1.0
     elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=NESTING)
     return SVI(posterior.model, guide, ClippedAdam({"lr": FIRST_RATE, "lrd": decay}), elbo)

@@ -1,4 +1,4 @@
-"""The marginals of posteriors: reference draws, and those of a few guides."""
+"""Plot of posterior marginals: reference draws and a few guides."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from parts.posteriors import Posterior
 
 BINS = 50
 MOST = 12
-"""Number of columns that are drawn."""
+"""Maximum number of columns in the plot."""
 SHOWN = {"AutoIAF, fit_guide": "C3", "AutoIAF": "C0", "AutoMultivariateNormal": "C1", "AutoIAFNormal": "C2"}
 REFERENCE = "reference"
 
 
 def panels(posterior: Posterior) -> dict[str, Any]:
-    """The columns that are drawn, their bars, and the density of the reference draws in these."""
+    """Columns of the plot, their bin edges, and the histograms of the reference draws."""
     return {
         "columns": list(posterior.columns[:MOST]),
         "edges": edges(posterior)[:MOST].tolist(),
@@ -27,26 +27,26 @@ def panels(posterior: Posterior) -> dict[str, Any]:
 
 
 def edges(posterior: Posterior) -> np.ndarray:
-    """Where the bars of each column begin and end, (columns, bins + 1): around all but the outermost draws."""
+    """Bin edges of each column, (columns, bins + 1), which leave out extreme draws."""
     low, high = np.quantile(posterior.draws, [0.002, 0.998], axis=0)
     margin = 0.1 * (high - low)
     return np.linspace(low - margin, high + margin, BINS + 1, axis=1)
 
 
 def histograms(posterior: Posterior, draws: np.ndarray) -> list[list[float]]:
-    """Density of draws in the bars of each of the first columns."""
-    found = []
+    """Density histograms of draws, for each column of the plot."""
+    rows = []
     for column, ends in list(zip(draws.T, edges(posterior), strict=True))[:MOST]:
         counts, _ = np.histogram(column[np.isfinite(column)], ends)
-        found.append([float(f"{density:.4g}") for density in counts / (len(column) * (ends[1] - ends[0]))])
-    return found
+        rows.append([float(f"{density:.4g}") for density in counts / (len(column) * (ends[1] - ends[0]))])
+    return rows
 
 
 def draw(posteriors: dict[str, Any], path: Path) -> bool:
-    """A row of panels for each posterior, one for each of its parameters.
+    """Plot a row of panels for each posterior, a panel for each parameter.
 
     Returns:
-        Whether there was anything to draw.
+        Whether there was anything to plot.
     """
     if not posteriors:
         return False
@@ -73,7 +73,7 @@ def _panel(panel: Any, results: dict[str, Any], index: int) -> None:
         if name in results["histograms"]:
             panel.stairs(results["histograms"][name][index], ends, color=colour, linewidth=1, label=name)
     panel.set_title(results["columns"][index], fontsize=8)
-    # A guide that has collapsed is cut off: its peak would hide all else.
+    # The peak of a collapsed guide is cut off, as it would dwarf all else.
     panel.set(ylim=(0, 2 * max(heights)), yticks=[])
     panel.tick_params(labelsize=6)
     panel.spines[["top", "right", "left"]].set_visible(False)

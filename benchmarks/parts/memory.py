@@ -1,8 +1,8 @@
-"""Peak memory of sampling and its gradient: a process for each contender, which prints the bytes.
+"""Peak memory of sampling and its gradient, in one process per contender, which prints the bytes.
 
     python -m parts.memory D H ROWS NAME [NAME ...]
 
-NAME is one of `peers.PEERS`, "pyro-maf" for us, or "D passes" for the plain loop.
+NAME is one of `peers.PEERS`, "pyro-maf", or "D passes" for the plain loop.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from parts.peers import OURS, find
 from pyro_maf.transforms import Stack
 
 LOOP = "D passes"
-# The allocator gives memory back at once, so that what is free does not hide what is needed next.
+# The allocator returns memory at once, so that freed blocks, once reused, do not hide later growth.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 def measured(names: list[str], dim: int, hidden: int, batch: int) -> dict[str, int]:
-    """Bytes by which the process of each contender grew, at its largest; those that cannot be measured are left out."""
+    """Peak growth in bytes of each contender's process; contenders that fail are left out."""
     command = [sys.executable, "-m", "parts.memory", *map(str, (dim, hidden, batch)), OURS, LOOP, *names]
     folder, environment = Path(__file__).resolve().parents[1], os.environ | ALLOCATOR
     process = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -40,7 +40,7 @@ def measured(names: list[str], dim: int, hidden: int, batch: int) -> dict[str, i
 
 
 def d_passes(flow: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The loop that everybody writes: a pass for each dimension, of which one output is used."""
+    """The usual sampling loop: one network pass per dimension, of which a single output is used."""
 
     def run(noise: Tensor) -> tuple[Tensor, Tensor]:
         total = noise.new_zeros(len(noise))
@@ -57,13 +57,13 @@ def d_passes(flow: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def growth(work: Callable[[], object]) -> int:
-    """Bytes by which this process grows while it works, at its largest."""
+    """Peak growth of this process in bytes during a call."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
-        # The peak cannot be set back, so the first call is the one that counts.
+        # The peak cannot be reset, so only the first call can be measured.
         before = _largest_so_far()
         work()
         return _largest_so_far() - before
-    work()  # what is compiled or kept is compiled and kept
+    work()  # compiles, and fills caches
     gc.collect()
     _trim()
     before = _status("VmRSS")
@@ -91,7 +91,7 @@ def _trim() -> None:
 
 
 def main(dim: int, hidden: int, batch: int, names: list[str]) -> None:
-    """Print each contender and its bytes; its process is forked from this one, which has imported what they share."""
+    """Print the bytes of each contender, measured in a fork of this process, so that shared imports do not count."""
     for name in names:
         child = os.fork()
         if child:
@@ -106,7 +106,7 @@ def main(dim: int, hidden: int, batch: int, names: list[str]) -> None:
 
 
 def _grown(name: str, dim: int, hidden: int, batch: int) -> int:
-    """Bytes of one contender."""
+    """Peak growth in bytes of one contender in this process."""
     torch.set_num_threads(1)
     architecture = Architecture("MAF", dim, hidden, 1)
     flow = architecture.flow()
@@ -122,11 +122,11 @@ def _grown(name: str, dim: int, hidden: int, batch: int) -> int:
     else:
         peers, _ = find([name] if name != OURS else [])
         peer = peers[name](architecture, flow, torch.device("cpu"))
-        # Pyro cannot differentiate twice what it made of one tensor.
-        given = itertools.cycle([peer.prepare(noise), peer.prepare(noise)])
+        # Pyro caches the result for a tensor and cannot differentiate it twice.
+        inputs = itertools.cycle([peer.prepare(noise), peer.prepare(noise)])
 
         def work() -> None:
-            peer.sample_and_differentiate(next(given))
+            peer.sample_and_differentiate(next(inputs))
 
     return growth(work)
 

@@ -1,4 +1,4 @@
-"""The cost of the sequential direction against D: D passes, the peers, us, and the limit."""
+"""Plot of the cost of the sequential direction against D, for D passes, the peers and this package."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TASK = "sample"
 
 
 def draw(results: dict[str, Any], path: Path) -> bool:
-    """A panel for each batch size: time over that of one dense pass, with one layer and the fewest threads.
+    """Plot the time over that of one dense pass, a panel per batch size, for the fewest layers and threads measured.
 
     Returns:
-        Whether there was anything to draw: sampling with one layer.
+        Whether there was anything to plot.
     """
     cells = [cell for cell in results["cells"] if cell["task"] == TASK]
     if not cells:
@@ -26,7 +26,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     threads, layers = (min(cell[key] for cell in cells) for key in ("threads", "layers"))
     cells = [cell for cell in cells if (cell["threads"], cell["layers"]) == (threads, layers)]
     batches = sorted({cell["batch"] for cell in cells})
-    # A figure of its own, not one of pyplot, needs no display.
+    # A figure that is not pyplot's needs no display.
     figure = Figure(figsize=(1 + 3 * len(batches), 3.8), layout="constrained")
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
     for panel, batch in zip(panels[0], batches, strict=True):
@@ -47,7 +47,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
 
 
 def _panel(panel: Any, cells: list[dict[str, Any]]) -> None:
-    # Of several widths for one D the widest is drawn.
+    # Of several widths for one D, plot the widest.
     by_dim = {cell["D"]: cell for cell in sorted(cells, key=lambda cell: cell["H"])}
     dims = sorted(by_dim)
     panel.plot(dims, dims, color="0.6", linestyle="--", linewidth=1, label="D passes")
@@ -66,10 +66,10 @@ def _line(panel: Any, name: str, by_dim: dict[int, dict[str, Any]], dims: list[i
     points = [(dim, by_dim[dim]["times"][name]) for dim in dims if name in by_dim[dim]["times"] and name != DENSE]
     if not points:
         return
-    places, heights = [dim for dim, _ in points], [own["over_dense"] for _, own in points]
+    places, heights = [dim for dim, _ in points], [entry["over_dense"] for _, entry in points]
     panel.plot(places, heights, color=style["color"], linewidth=style["linewidth"], label=name)
-    for dim, own in points:
-        face = style["color"] if own["measured"] else "white"
+    for dim, entry in points:
+        face = style["color"] if entry["measured"] else "white"
         panel.plot(
-            dim, own["over_dense"], "o", color=style["color"], markerfacecolor=face, markersize=style["markersize"]
+            dim, entry["over_dense"], "o", color=style["color"], markerfacecolor=face, markersize=style["markersize"]
         )

@@ -1,4 +1,4 @@
-"""Which sizes, which work, and how long."""
+"""Plans: the tasks, the sizes and the time of a measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS = {
     "spline_train": ("NSF", "splines, training step"),
     "spline_sample": ("NSF", "splines, sampling, no gradient"),
 }
-"""Each task's family, and what it is. The parallel ones come first: from them follows how long D passes take."""
+"""Family and description of each task. Parallel tasks come first, since their times predict those of D passes."""
 
 DIMS = (6, 21, 43, 63, 784)
 HIDDEN = (100, 512, 1024)
@@ -36,21 +36,21 @@ GUIDE_SIZES, GUIDE_BATCHES, GUIDE_LAYERS = ((6, 64),), (16,), (3,)
 
 @dataclass(frozen=True)
 class Plan:
-    """What one process measures, one thread count throughout.
+    """Measurements of one process, with a fixed number of threads.
 
     Attributes:
         threads: Number of threads, and of cores that the process may use.
-        sizes: D and the width of both hidden layers.
-        batches: Numbers of rows.
+        sizes: Pairs of D and the width of both hidden layers.
+        batches: Batch sizes.
         layers: Numbers of layers.
         spline_sizes, spline_batches, spline_layers: The same for splines.
         guide_sizes, guide_batches, guide_layers: The same for the flow of a guide.
         tasks: Names from `TASKS`.
         peers: Names from `peers.PEERS`.
         seconds: Time for a cell, shared between the contenders.
-        longest_call: A peer whose call would take longer than this many seconds is predicted, not run.
+        longest_call: Seconds; a peer whose call would take longer is extrapolated, not run.
         device: "cpu" or "cuda".
-        memory: D, width and rows at which memory is measured, if it is.
+        memory: D, width and batch size of the memory measurement; None for no measurement.
         update: Whether to time the first call after a change of the weights.
     """
 
@@ -73,7 +73,7 @@ class Plan:
     update: bool = True
 
     def architectures(self) -> list[Architecture]:
-        """Every architecture of every family that a task asks for."""
+        """Architectures of all families that have a task."""
         every = itertools.chain(
             itertools.product(self.sizes, self.layers, ("MAF", "RealNVP")),
             itertools.product(self.guide_sizes, self.guide_layers, ("IAF",)),
@@ -86,15 +86,15 @@ class Plan:
         ]
 
     def batches_of(self, family: str) -> tuple[int, ...]:
-        """The numbers of rows for members of a family."""
+        """Batch sizes for a family."""
         return {"NSF": self.spline_batches, "IAF": self.guide_batches}.get(family, self.batches)
 
     def tasks_of(self, family: str) -> list[str]:
-        """The tasks for members of a family, in the order of `TASKS`."""
+        """Tasks for a family, in the order of `TASKS`."""
         return [task for task in TASKS if task in self.tasks and TASKS[task][0] == family]
 
     def quick(self) -> Plan:
-        """One small size, to see that everything runs."""
+        """The plan with one tiny size, to check that everything runs."""
         return dataclasses.replace(
             self,
             sizes=((6, 32),),
@@ -112,5 +112,5 @@ class Plan:
         )
 
     def full(self) -> Plan:
-        """Every combination of sizes."""
+        """The plan with every combination of sizes."""
         return dataclasses.replace(self, sizes=tuple(itertools.product(DIMS, HIDDEN)), longest_call=60.0, seconds=2.0)

@@ -1,4 +1,4 @@
-"""Posteriors with reference draws of long chains, and the Pyro models that they are of."""
+"""Posteriors with reference draws from long chains, and their Pyro models."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Arguments = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Posterior:
-    """A model, what it is called with, and draws from its posterior that are trusted.
+    """A model, its arguments, and reference draws from its posterior.
 
     Attributes:
-        name: Whose.
-        model: Scores many draws in one run, inside a plate.
-        args: Its arguments.
+        name: Name of the posterior.
+        model: Pyro model that can be vectorised over draws by a plate.
+        args: Arguments of the model.
         columns: Names of the parameters, such as "tau" or "theta[3]", counted from one.
         draws: Reference draws, (rows, columns).
-        derived: Adds what the columns name to the model's sites, of which there may be others.
+        derived: Function of the model's sites that adds those that only `columns` name.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Posterior:
 
     @property
     def has_columns_of_sites(self) -> bool:
-        """Whether every column is a number of a site."""
+        """Whether every column is an entry of a site."""
         return self.derived is None
 
     def table(self, sites: Mapping[str, Tensor]) -> np.ndarray:
-        """Values of the model's sites, draws first, as (rows, columns)."""
+        """Table of the columns' values, (rows, columns), from values of the sites whose first dimension is draws."""
         sites = sites if self.derived is None else self.derived(sites, *self.args)
         return np.stack([self._column(sites, name) for name in self.columns], 1)
 
@@ -58,14 +58,14 @@ class Posterior:
 
 
 class Flat(dist.ImproperUniform):
-    """Lebesgue measure. A draw, which Pyro's guides take once to find out shapes and a start, is the image of zero."""
+    """Lebesgue measure. Its draw, which Pyro's guides need once for shapes and initial values, is the image of zero."""
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 (as in Pyro)
         return torch.distributions.transform_to(self.support)(torch.zeros(self.shape(sample_shape)))
 
 
 def eight_schools(y: Tensor, sigma: Tensor) -> None:
-    """Eight effects around a common mean: a funnel in tau."""
+    """Eight effects around a common mean, with a funnel in tau."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", len(y)):
@@ -74,7 +74,7 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
 
 
 def autoregression(past: Tensor, y: Tensor) -> None:
-    """A time series predicted from its last few values, (T, K)."""
+    """Autoregression of a time series on its last K values, (T, K)."""
     alpha = pyro.sample("alpha", dist.Normal(0.0, 10.0))
     beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([past.shape[-1]]).to_event(1))
     sigma = pyro.sample("sigma", dist.HalfCauchy(2.5))
@@ -91,7 +91,7 @@ def regression(x: Tensor, y: Tensor) -> None:
 
 
 def gaussian_process(x: Tensor, k: Tensor) -> None:
-    """Counts whose log-rates are a Gaussian process at few points."""
+    """Counts whose log-rates are a Gaussian process at a few points."""
     rho = pyro.sample("rho", dist.Gamma(25.0, 4.0))
     alpha = pyro.sample("alpha", dist.HalfNormal(2.0))
     z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))
@@ -159,14 +159,14 @@ MODELS: dict[str, tuple[Callable[..., None], Callable[[Mapping[str, Tensor]], Ar
     "gp_pois_regr": (gaussian_process, _process_data),
     "garch11": (volatility, _volatility_data),
 }
-"""The models that are known by name, and how their arguments are made of the data."""
+"""Each supported model, by name, and a function from the data to its arguments."""
 
 DERIVED = {"gp_pois_regr": _process_columns, "garch11": _volatility_columns}
-"""Columns that are functions of the sites."""
+"""Functions for columns that are computed from the sites."""
 
 
 def stored(folder: Path) -> Iterator[Posterior | str]:
-    """The posteriors of a folder; of a file without a known model, a line that says so."""
+    """The posteriors of a folder, and a message for each file without a model of its name."""
     for path in sorted(folder.glob("*.npz")):
         if path.stem not in MODELS:
             yield f"{path.name} is skipped: no model of that name in parts/posteriors.py."

@@ -1,7 +1,7 @@
-"""Each peer's spline flow as its own guide builds and trains it, for as many processor seconds as the default took.
+"""Each peer's spline flow, built and trained as its own documentation recommends, for the time that our default took.
 
-The guides' numbers of epochs and patience are for data of their own; here everyone has the same time, and the weights
-that validate best.
+The epochs and patience of the documentation suit its own data; here everyone has the same processor seconds, and the
+weights with the best validation loss are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyro_maf.datasets import Dataset
 
 
 class Scores(NamedTuple):
-    """Log-likelihoods of test and validation rows, and what they took."""
+    """Log-likelihoods of test and validation rows, number of epochs and number of parameters."""
 
     test: Tensor
     validation: Tensor
@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 
 
 def fit(who: str, data: Dataset, seconds: float, seed: int) -> Scores:
-    """Fit by the recipe of `who` to standardised rows.
+    """Fit the recipe of package `who` to standardised rows.
 
     Raises:
         ImportError: If the package is not installed.
@@ -38,7 +38,7 @@ def fit(who: str, data: Dataset, seconds: float, seed: int) -> Scores:
 
 
 def _zuko(data: Dataset, seconds: float, seed: int) -> Scores:
-    """The flow of the README, and the loop of the first tutorial."""
+    """The flow of zuko's README, and the loop of its first tutorial."""
     import zuko
 
     flow = zuko.flows.NSF(data.input_dim, data.context_dim, transforms=3, hidden_features=[128] * 3)
@@ -55,7 +55,7 @@ class _Zuko(nn.Module):
 
 
 def _nflows(data: Dataset, seconds: float, seed: int) -> Scores:
-    """The autoregressive flow of its authors' paper on splines, with half the layers and units: its own need days."""
+    """The autoregressive flow of its authors' spline paper, halved in layers and units, as the full one takes days."""
     from nflows.distributions.normal import StandardNormal
     from nflows.flows.base import Flow
     from nflows.transforms.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressiveTransform
@@ -77,7 +77,7 @@ def _nflows(data: Dataset, seconds: float, seed: int) -> Scores:
 
 
 def _normflows(data: Dataset, seconds: float, seed: int) -> Scores:
-    """The flow of its example of splines, with a third of its 16 layers, which are for two columns."""
+    """The flow of its spline example, with a third of its 16 layers, which are for two columns."""
     import normflows as nf
 
     dim, context = data.input_dim, data.context_dim or None
@@ -111,7 +111,7 @@ def _trained(module: Any, data: Dataset, seconds: float, seed: int, **options: A
 
 
 def _flowjax(data: Dataset, seconds: float, seed: int) -> Scores:
-    """`masked_autoregressive_flow` with its spline as transformer, the defaults of both and of `fit_to_data`."""
+    """`masked_autoregressive_flow` with splines as transformer, and the defaults of flowjax and its `fit_to_data`."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -149,7 +149,7 @@ def _flowjax(data: Dataset, seconds: float, seed: int) -> Scores:
         parts = [score(weights, tuple(a[i : i + 2048] for a in arrays)) for i in range(0, len(arrays[0]), 2048)]
         return torch.cat([torch.tensor(part.tolist(), dtype=torch.float64) for part in parts])
 
-    best, kept, epochs, started = -math.inf, weights, 0, math.inf
+    best, best_weights, epochs, started = -math.inf, weights, 0, math.inf
     while time.process_time() - started < seconds or not epochs:
         key, of_order, of_steps = jax.random.split(key, 3)
         shuffled = [jax.random.permutation(of_order, array) for array in train]
@@ -158,13 +158,13 @@ def _flowjax(data: Dataset, seconds: float, seed: int) -> Scores:
                 weights, rest, *batch, optimizer=optimizer, opt_state=state, loss_fn=loss, key=of_steps
             )
             if started == math.inf:
-                started = time.process_time()  # compiling is not counted
+                started = time.process_time()  # compilation does not count
         epochs += 1
         mean = float(scores(weights, validation).mean())
         if mean > best:
-            best, kept = mean, weights
+            best, best_weights = mean, weights
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
-    return Scores(scores(kept, test), scores(kept, validation), epochs, parameters)
+    return Scores(scores(best_weights, test), scores(best_weights, validation), epochs, parameters)
 
 
 _RECIPES: dict[str, Callable[[Dataset, float, int], Scores]] = {
@@ -174,4 +174,4 @@ _RECIPES: dict[str, Callable[[Dataset, float, int], Scores]] = {
     "flowjax": _flowjax,
 }
 RECIPES = tuple(_RECIPES)
-"""Who has one."""
+"""Packages with a recipe."""

@@ -1,4 +1,4 @@
-"""From the results of a run: tables in Markdown and a picture."""
+"""Markdown tables of a run's results."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from parts.plan import TASKS
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 PAPER = ("<!-- paper: begin -->", "<!-- paper: end -->")
 COMPILED = "flowjax"
-"""The peer that is compiled as a whole, and has a column of its own."""
+"""The peer that is compiled as a whole, which has its own column."""
 SLOW_CALL = 0.1
-"""Seconds from which on predictions are judged: below, the time of a call is not that of its products."""
+"""Seconds of a call above which predictions are assessed; shorter calls are dominated by overhead."""
 
 Results = dict[str, Any]
 Cell = dict[str, Any]
 
 
-# The short tables: one for each task
+# Summary tables, one for each task
 
 
 def summary(results: Results) -> str:
-    """A row for each architecture, with our time, what it is of a dense pass and what the fastest peer's is of ours."""
+    """A table per task, a row per architecture: our time, over a dense pass, and the fastest peers' times over ours."""
     parts = [about_line(results)]
     for threads in sorted({cell["threads"] for cell in results["cells"]}):
         for task in TASKS:
-            found = [cell for cell in results["cells"] if (cell["threads"], cell["task"]) == (threads, task)]
-            if found:
-                parts.append(f"**{describe(task)}** ({_threads(threads)})\n\n{_by_architecture(found)}")
+            cells = [cell for cell in results["cells"] if (cell["threads"], cell["task"]) == (threads, task)]
+            if cells:
+                parts.append(f"**{describe(task)}** ({_threads(threads)})\n\n{_by_architecture(cells)}")
     parts += [_scaling(results["cells"]), _updates(results["updates"]), _memory(results["memory"])]
     parts.append(_predictions(results["cells"]))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _by_architecture(found: list[Cell]) -> str:
-    batches = sorted({cell["batch"] for cell in found})
+def _by_architecture(cells: list[Cell]) -> str:
+    batches = sorted({cell["batch"] for cell in cells})
     heading = ["D, H", "layers"]
     columns = {"ms": _ours, "/ dense": _over_dense, "torch / ours": _torch, f"{COMPILED} / ours": _compiled}
-    if any(AFFINE in cell["times"] for cell in found):
+    if any(AFFINE in cell["times"] for cell in cells):
         columns[f"/ {AFFINE}"] = _over_affine
     heading += [f"{name}, batch {batch:,}" for name in columns for batch in batches]
     by_size: dict[tuple[int, int, int], dict[int, Cell]] = {}
-    for cell in found:
+    for cell in cells:
         by_size.setdefault((cell["D"], cell["H"], cell["layers"]), {})[cell["batch"]] = cell
     rows = []
-    for (dim, hidden, layers), cells in by_size.items():
+    for (dim, hidden, layers), by_batch in by_size.items():
         row = [f"{dim}, {hidden}", str(layers)]
         for show in columns.values():
-            row += [show(cells[batch]) if batch in cells else "" for batch in batches]
+            row += [show(by_batch[batch]) if batch in by_batch else "" for batch in batches]
         rows.append(row)
     return table(heading, rows)
 
@@ -67,47 +67,44 @@ def _over_dense(cell: Cell) -> str:
 
 
 def _over_affine(cell: Cell) -> str:
-    own = cell["times"].get(AFFINE)
-    return ratio(1 / own["over_ours"]) if own else ""
+    entry = cell["times"].get(AFFINE)
+    return ratio(1 / entry["over_ours"]) if entry else ""
 
 
 def _torch(cell: Cell) -> str:
-    """The torch peer that takes the least time, measured or predicted, over ours."""
-    peers = {name: own for name, own in cell["times"].items() if name not in (OURS, DENSE, COMPILED, AFFINE)}
+    """Time of the fastest torch peer, measured or predicted, over ours."""
+    peers = {name: entry for name, entry in cell["times"].items() if name not in (OURS, DENSE, COMPILED, AFFINE)}
     name = min(peers, key=lambda name: peers[name]["over_ours"], default=None)
     return f"{_over_ours(peers[name])} {name}" if name else ""
 
 
 def _compiled(cell: Cell) -> str:
-    own = cell["times"].get(COMPILED)
-    return _over_ours(own) if own else ""
+    entry = cell["times"].get(COMPILED)
+    return _over_ours(entry) if entry else ""
 
 
-def _over_ours(own: dict[str, Any]) -> str:
-    return _mark(own) + ratio(own["over_ours"])
+def _over_ours(entry: dict[str, Any]) -> str:
+    return _mark(entry) + ratio(entry["over_ours"])
 
 
-# The long one: a row for each cell
+# The detailed table, a row for each cell
 
 
 def details(results: Results) -> str:
-    """Minimum and median of everybody everywhere, in milliseconds."""
+    """Minimum and median of every contender in every cell, in milliseconds."""
     names = sorted({name for cell in results["cells"] for name in cell["times"]}, key=_rank)
     heading = ["threads", "task", "D", "H", "layers", "batch", *names]
     rows = []
     for cell in results["cells"]:
         row = [str(cell[key]) for key in ("threads", "task", "D", "H", "layers", "batch")]
         for name in names:
-            own = cell["times"].get(name)
-            row.append("" if own is None else _both(own))
+            entry = cell["times"].get(name)
+            row.append("" if entry is None else _both(entry))
         rows.append(row)
     notes = {f"{name} {note}" for cell in results["cells"] for name, note in cell["notes"].items()}
-    notes |= {
-        f"D {cell['D']}, H {cell['H']}, {cell['layers']} x, batch {cell['batch']}, {cell['task']}: {name} {own['note']}"
-        for cell in results["cells"]
-        for name, own in cell["times"].items()
-        if own["note"]
-    }
+    for cell in results["cells"]:
+        where = f"D {cell['D']}, H {cell['H']}, {cell['layers']} x, batch {cell['batch']}, {cell['task']}"
+        notes |= {f"{where}: {name} {entry['note']}" for name, entry in cell["times"].items() if entry["note"]}
     listed = "".join(f"- {note}\n" for note in sorted(notes))
     return (
         f"{about_line(results)}\n\nMilliseconds, minimum / median; ~ predicted; in brackets the number of calls where "
@@ -115,22 +112,22 @@ def details(results: Results) -> str:
     )
 
 
-def _both(own: dict[str, Any]) -> str:
-    if not own["measured"]:
-        return milliseconds(own)
-    few = f" ({own['repetitions']})" if own["repetitions"] < 10 else ""
-    return f"{milliseconds(own)} / {_digits(1e3 * own['median'])}{few}"
+def _both(entry: dict[str, Any]) -> str:
+    if not entry["measured"]:
+        return milliseconds(entry)
+    few = f" ({entry['repetitions']})" if entry["repetitions"] < 10 else ""
+    return f"{milliseconds(entry)} / {_digits(1e3 * entry['median'])}{few}"
 
 
 def _rank(name: str) -> tuple[int, str]:
     return {DENSE: 0, OURS: 1, AFFINE: 2}.get(name, 3), name
 
 
-# Smaller ones
+# Other tables
 
 
 def about_line(results: Results) -> str:
-    """Date, machine and versions of a run, and what was missing."""
+    """Date, machine and versions of a run, and what it left out."""
     about = results["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = f", load {about['load']:.1f} at the start" if about["load"] is not None else ""
@@ -140,7 +137,7 @@ def about_line(results: Results) -> str:
 
 
 def _scaling(cells: list[Cell]) -> str:
-    """Our time with one thread over that with more, in cells that were measured with both."""
+    """Our time with one thread over that with more, in cells measured with both."""
     keys = ("task", "D", "H", "layers", "batch")
     by_cell: dict[tuple[Any, ...], dict[int, float]] = {}
     for cell in cells:
@@ -203,26 +200,25 @@ def _memory(memory: dict[str, Any] | None) -> str:
 
 
 def _predictions(cells: list[Cell]) -> str:
-    """How good predictions are, where a call was both predicted and measured."""
-    found = [
-        own["median"] / own["predicted"]
+    """Accuracy of predictions, from calls that were both predicted and measured."""
+    ratios = [
+        entry["median"] / entry["predicted"]
         for cell in cells
-        for own in cell["times"].values()
-        if own["measured"] and own["predicted"] and own["median"] > SLOW_CALL
+        for entry in cell["times"].values()
+        if entry["measured"] and entry["predicted"] and entry["median"] > SLOW_CALL
     ]
     marked = "~ marks what was not run but predicted: D times the fastest of the peer's own single passes"
-    if len(found) < 3:
+    if len(ratios) < 3:
         return f"{marked}."
-    tenths = statistics.quantiles(found, n=10)
+    tenths, median = statistics.quantiles(ratios, n=10), statistics.median(ratios)
     return (
-        f"{marked}. Of {len(found)} calls above {SLOW_CALL:g} s that were both predicted and run, the time was "
-        f"{tenths[0]:.2f} to {tenths[-1]:.2f} of the prediction (first and last tenth), {statistics.median(found):.2f} "
-        "in the median."
+        f"{marked}. Of {len(ratios)} calls above {SLOW_CALL:g} s that were both predicted and run, the time was "
+        f"{tenths[0]:.2f} to {tenths[-1]:.2f} of the prediction (first and last tenth), {median:.2f} in the median."
     )
 
 
 def line(cell: Cell) -> str:
-    """A cell in one line."""
+    """One-line summary of a cell."""
     ours = cell["times"][OURS]
     where = f"{_threads(cell['threads'])}, D {cell['D']}, H {cell['H']}, {cell['layers']} x, batch {cell['batch']}"
     shown = [f"{milliseconds(ours)} ms", f"{ratio(ours['over_dense'])} of a dense pass"]
@@ -230,16 +226,16 @@ def line(cell: Cell) -> str:
     return f"{where}, {cell['task']}: {'; '.join(shown)}"
 
 
-# Figures and tables
+# Formatting
 
 
-def milliseconds(own: dict[str, Any]) -> str:
-    """The fastest call of a contender."""
-    return _mark(own) + _digits(1e3 * own["minimum"])
+def milliseconds(entry: dict[str, Any]) -> str:
+    """Milliseconds of a contender's fastest call."""
+    return _mark(entry) + _digits(1e3 * entry["minimum"])
 
 
 def ratio(value: float) -> str:
-    """Two digits, or as many as there are before the point."""
+    """A ratio with two decimals, or rounded to an integer from 10."""
     return f"{value:.2f}" if value < 9.95 else f"{value:,.0f}"
 
 
@@ -255,8 +251,8 @@ def _digits(value: float) -> str:
     )
 
 
-def _mark(own: dict[str, Any]) -> str:
-    return "" if own["measured"] else "~"
+def _mark(entry: dict[str, Any]) -> str:
+    return "" if entry["measured"] else "~"
 
 
 def _threads(count: int) -> str:
@@ -264,13 +260,13 @@ def _threads(count: int) -> str:
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, its figures to the right."""
+    """A Markdown table; columns with a heading are aligned right."""
     rule = ["---:" if name else "---" for name in heading]
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, rule, *rows))
 
 
 def put_between_markers(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
-    """Replace what stands between two markers of a file.
+    """Replace the text between two markers of a file.
 
     Raises:
         ValueError: If the file has no markers.

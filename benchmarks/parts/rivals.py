@@ -1,4 +1,4 @@
-"""The peers' models, built as their users build them, and the loop that trains them."""
+"""The paper's models by the peers, built as their users build them, and a loop that trains them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyro_maf.experiments import Candidate
 MAX_GRAD_NORM = 5.0
 COMPONENTS = 10
 BINS, BOUND = 8, 5.0
-"""Of nflows' splines, as zuko's have by default."""
+"""Bins and tail bound of nflows' splines, zuko's defaults."""
 
 
 class Zuko(nn.Module):
@@ -41,7 +41,7 @@ class Zuko(nn.Module):
 
 
 class Nflows(nn.Module):
-    """Masked autoregressive layers, affine or spline, with reversals between, on a normal or a `MADEMoG`; couplings."""
+    """Masked autoregressive layers with reversals between, affine or spline, on a normal or `MADEMoG`; couplings."""
 
     def __init__(self, candidate: Candidate, dim: int, context_dim: int) -> None:
         super().__init__()
@@ -108,9 +108,9 @@ class Nflows(nn.Module):
 
         moved = (torch.arange(dim) + index) % 2
         coupling = AffineCouplingTransform(
-            moved, lambda kept, outputs: Conditioner([kept], [outputs], candidate.hidden_dims, F.relu)
+            moved, lambda inputs, outputs: Conditioner([inputs], [outputs], candidate.hidden_dims, F.relu)
         )
-        # Its scale is a sigmoid, under which no data are narrower than the noise unless another layer sees to it.
+        # The coupling's scale is a sigmoid, so without another layer no data could be narrower than the noise.
         return CompositeTransform([ActNorm(dim), coupling])
 
     def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
@@ -134,7 +134,7 @@ class Pyro(nn.Module):
         else:
             make = T.conditional_affine_coupling if context_dim else T.affine_coupling
         sizes = (dim, context_dim) if context_dim else (dim,)
-        # One layer after another from the noise to the data, turned round where its pass is the other way.
+        # From noise to data. Autoregressive layers go that way in one pass; inverted, they score in one.
         self.layers = nn.ModuleList(make(*sizes, hidden_dims=widths) for _ in range(candidate.num_layers))
         self.is_inverse = candidate.flow != "realnvp"
         self.dim = dim
@@ -166,19 +166,19 @@ def train(
     weight_decay: float = 0.0,
     anneals: bool = False,
 ) -> int:
-    """Adam on batches with clipped gradients; the weights that validate best are kept.
+    """Train by Adam with clipped gradients and restore the weights with the best validation loss.
 
-    It ends with the epoch in which one of `epochs`, `patience` and processor `seconds` is reached.
+    Training ends after the epoch in which `epochs`, `patience` or processor `seconds` is reached.
 
     Args:
-        anneals: Whether the rate falls to zero over the seconds as a cosine does.
+        anneals: Whether the rate falls to zero over the seconds by a cosine schedule.
 
     Returns:
-        For how many epochs.
+        Number of epochs.
     """
     generator, started = torch.Generator().manual_seed(seed), time.process_time()
     optimizer = torch.optim.Adam(module.parameters(), rate, weight_decay=weight_decay, fused=True)
-    best, kept, best_epoch, epoch = float("inf"), copy.deepcopy(module.state_dict()), 0, 0
+    best, best_weights, best_epoch, epoch = float("inf"), copy.deepcopy(module.state_dict()), 0, 0
     while epoch < epochs and epoch - best_epoch < patience and time.process_time() - started < seconds:
         epoch += 1
         module.train()
@@ -194,22 +194,22 @@ def train(
         module.eval()
         held_out = -scores(module, data.validation, data.validation_context).mean().item()
         if held_out < best:
-            best, kept, best_epoch = held_out, copy.deepcopy(module.state_dict()), epoch
-    module.load_state_dict(kept)
+            best, best_weights, best_epoch = held_out, copy.deepcopy(module.state_dict()), epoch
+    module.load_state_dict(best_weights)
     module.eval()
     return epoch
 
 
 def scores(module: Any, rows: Tensor, context: Tensor | None) -> Tensor:
-    """The log-density of each row, in float64."""
-    found = []
+    """Log-density of each row, in float64."""
+    log_probs = []
     with torch.no_grad():
         for start in range(0, len(rows), 2048):
             part = slice(start, start + 2048)
-            found.append(_log_prob(module, rows[part], context, part).double())
-    return torch.cat(found)
+            log_probs.append(_log_prob(module, rows[part], context, part).double())
+    return torch.cat(log_probs)
 
 
 def _log_prob(module: Any, rows: Tensor, context: Tensor | None, part: Tensor | slice) -> Tensor:
-    """Of a peer, all of which are in float32."""
+    """Log-density of rows, in float32, given the rows `part` of the context."""
     return module.log_prob(rows.float(), None if context is None else context[part].float())

@@ -1,4 +1,4 @@
-"""What the paper's own sets cost, on paper: measured training speed times their sizes, and an estimate for a GPU."""
+"""Estimated training cost of the paper's data sets, from the measured speed and their sizes, and on an assumed GPU."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from parts.report import table
 from parts.speed import BATCH, LAYERS
 
 EPOCHS = 100
-"""A round number: how many a fit takes is up to its early stopping."""
+"""A round number, since early stopping determines how many a fit takes."""
 
 LAUNCH, PEAK, BANDWIDTH = 5e-6, 20e12, 1.5e12
-"""Assumed of a GPU: seconds between the starts of two kernels, float32 operations and bytes a second."""
+"""Assumed GPU: seconds between kernel launches, float32 operations per second and bytes per second."""
 KERNELS_A_LAYER = 100
-"""About as many as `torch.profiler` counts of one layer in a training step, clipping included."""
+"""Approximate number of kernels per layer of a training step, clipping included, as counted by `torch.profiler`."""
 PASSES_OVER_WEIGHTS = 16
-"""How often a step reads or writes numbers as many as there are weights: masks, products, gradients, Adam."""
+"""Number of reads and writes of all weights in a step: masks, products, gradients, Adam."""
 
 
 class Cost(NamedTuple):
-    """Of a set: D, units of two hidden layers, training rows."""
+    """D, units of each of two hidden layers, and training rows of a data set, and the cost of a MAF (5) for it."""
 
     dim: int
     hidden: int
@@ -27,16 +27,16 @@ class Cost(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Of a MAF of five layers."""
+        """Number of weights of a MAF of five layers."""
         return LAYERS * (self.dim * self.hidden + self.hidden**2 + 2 * self.hidden * self.dim)
 
     @property
     def operations(self) -> int:
-        """Of a row's training step: a multiplication and an addition for each weight, three times over."""
+        """Operations of a training step per row: a multiplication and an addition per weight, in three products."""
         return 6 * self.weights
 
     def gpu_step(self, batch: int) -> float:
-        """Seconds of a training step on the assumed GPU: the slower of its starts, its operations and its memory."""
+        """Seconds of a training step on the assumed GPU, bound by launches or by operations and memory."""
         arithmetic = batch * self.operations / PEAK
         memory = 4 * PASSES_OVER_WEIGHTS * self.weights / BANDWIDTH
         return max(LAYERS * KERNELS_A_LAYER * LAUNCH, arithmetic + memory)
@@ -50,11 +50,11 @@ SETS = {
     "BSDS300": Cost(63, 512, 1_000_000),
     "MNIST": Cost(784, 1024, 50_000),
 }
-"""The paper's sets and networks."""
+"""The paper's data sets and networks."""
 
 
 def costs(cells: list[dict[str, Any]]) -> str:
-    """A row for each set whose network was measured."""
+    """Table of the data sets whose network was measured."""
     speeds = {(cell["D"], cell["H"]): cell["fit_rows_per_second"] for cell in cells}
     rows = []
     for name, cost in SETS.items():

@@ -1,4 +1,4 @@
-"""The sets of data that the paper's comparison runs on."""
+"""Data sets of the paper's comparison."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pyro_maf.experiments import SETTINGS
 from pyro_maf.tables.units import moments_of
 
 NARROW, WIDE, WIDEST = 100, 512, 1024
-"""Units of a hidden layer in the paper: for up to 8 dimensions, up to 63, and for images."""
+"""Units of a hidden layer in the paper: up to 8 dimensions, from 21 to 63, and for images."""
 
 
 def stored(folder: Path) -> Iterator[Dataset]:
-    """Each .npz of a folder with arrays train, val and test, or uint8 images and labels."""
+    """Data sets of a folder's .npz files that have arrays train, val and test, or uint8 images and labels."""
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as arrays:
             if {"train", "val", "test"} <= set(arrays):
@@ -31,7 +31,7 @@ def stored(folder: Path) -> Iterator[Dataset]:
 
 
 def images(name: str, levels: torch.Tensor, labels: torch.Tensor) -> Dataset:
-    """Bytes as the paper prepares MNIST: shuffled, a tenth for testing and a tenth of the rest for validation."""
+    """Images prepared as the paper prepares MNIST, a tenth for testing and a tenth of the rest for validation."""
     shuffle = torch.randperm(len(levels), generator=torch.Generator().manual_seed(0))
     pixels = LogitPixels()
     rows = pixels.to_logits(pixels.dequantise(levels[shuffle].flatten(1).long())).float()
@@ -43,13 +43,13 @@ def images(name: str, levels: torch.Tensor, labels: torch.Tensor) -> Dataset:
 
 
 def published(root: Path, names: list[str]) -> Iterator[Dataset]:
-    """The paper's own, from the archive that it came with."""
+    """The paper's data sets, from its published archive."""
     for name in names:
         yield getattr(datasets, SETTINGS[name].loader)(root)
 
 
 def shortened(data: Dataset, rows: int | None) -> Dataset:
-    """The first training rows alone."""
+    """The data set with the first `rows` training rows only."""
     if rows is None or rows >= len(data.train):
         return data
     context = None if data.train_context is None else data.train_context[:rows]
@@ -57,19 +57,19 @@ def shortened(data: Dataset, rows: int | None) -> Dataset:
 
 
 def without_context(data: Dataset) -> Dataset:
-    """The rows alone."""
+    """The data set without its context."""
     return dataclasses.replace(data, train_context=None, validation_context=None, test_context=None)
 
 
 def standardised(data: Dataset) -> tuple[Dataset, float]:
-    """The rows in units of the training rows' deviations, and the nats that a log-density gains by it."""
+    """The standardised data set, and the nats by which that raises a log-density."""
     loc, scale = moments_of(data.train)
     parts = {name: (getattr(data, name) - loc) / scale for name in ("train", "validation", "test")}
     return dataclasses.replace(data, **parts), scale.double().log().sum().item()
 
 
 def units(data: Dataset, most: int | None) -> int:
-    """Of a hidden layer, as the paper has them for about as many dimensions."""
+    """Units of a hidden layer, as in the paper for a similar number of dimensions, but at most `most`."""
     if data.name in SETTINGS:
         paper = max(SETTINGS[data.name].units)
     else:

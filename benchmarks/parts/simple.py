@@ -1,4 +1,4 @@
-"""Densities of scikit-learn that are no flows: a mixture of Gaussians chosen by BIC, a kernel density by validation."""
+"""Simple densities: a mixture of Gaussians chosen by BIC, and a kernel density with its bandwidth by validation."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ CHUNK, CHOOSING = 256, 1000
 
 
 def fit(who: str, data: Dataset) -> Scores:
-    """Fit to standardised rows without a context."""
+    """Fit the named density to standardised rows without a context."""
     return _DENSITIES[who](data)
 
 
 def _mixture(data: Dataset) -> Scores:
-    """Full covariances; the first number of components after which BIC is higher ends the search."""
+    """Mixture with full covariances; the number of components is increased until BIC stops falling."""
     from sklearn.mixture import GaussianMixture
 
     rows, dim = data.train.double().numpy(), data.input_dim
     each = 1 + dim + dim * (dim + 1) // 2
     best, lowest = None, np.inf
     for components in COMPONENTS:
-        if components > 1 and each * components > len(rows) * dim / 2:  # as many parameters as half of the numbers
+        if components > 1 and each * components > len(rows) * dim / 2:  # half as many parameters as entries
             break
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of not having converged
+            warnings.simplefilter("ignore")  # ConvergenceWarning
             mixture = GaussianMixture(components, random_state=0, reg_covar=1e-6).fit(rows)
         if (bic := mixture.bic(rows)) >= lowest:
             break
@@ -43,7 +43,7 @@ def _mixture(data: Dataset) -> Scores:
 
 
 def _kernels(data: Dataset) -> Scores:
-    """A Gaussian kernel at each row, of the width that some validation rows are likeliest under."""
+    """A Gaussian kernel at each row, whose bandwidth maximises the likelihood of some validation rows."""
     some = _kernel_density(data.validation[:CHOOSING], data.train, BANDWIDTHS)
     width = BANDWIDTHS[[int(some.mean(1).argmax())]]
     test, validation = (_kernel_density(part, data.train, width)[0] for part in (data.test, data.validation))
@@ -52,14 +52,14 @@ def _kernels(data: Dataset) -> Scores:
 
 def _kernel_density(rows: Tensor, centres: Tensor, widths: np.ndarray) -> Tensor:
     """Log-density of rows, (widths, rows)."""
-    found = []
+    sums = []
     for part in rows.split(CHUNK):
         squared = torch.cdist(part, centres).square()
-        found.append(torch.stack([(squared / (-2 * width**2)).logsumexp(1) for width in widths]).double())
+        sums.append(torch.stack([(squared / (-2 * width**2)).logsumexp(1) for width in widths]).double())
     constants = np.log(len(centres)) + rows.shape[1] / 2 * np.log(2 * np.pi * widths**2)
-    return torch.cat(found, 1) - torch.from_numpy(constants)[:, None]
+    return torch.cat(sums, 1) - torch.from_numpy(constants)[:, None]
 
 
 _DENSITIES: dict[str, Callable[[Dataset], Scores]] = {"mixture of Gaussians": _mixture, "kernel density": _kernels}
 DENSITIES = tuple(_DENSITIES)
-"""Their names."""
+"""Names of the densities."""

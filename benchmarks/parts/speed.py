@@ -1,4 +1,4 @@
-"""Rows per second of training, ours against each peer, at the paper's networks; and what `fit` adds to its steps."""
+"""Training rows per second for the paper's networks, against each peer, and for whole epochs of `fit`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from parts.peers import OURS
 from parts.peers.base import UnsupportedError
 
 SIZES = ((6, 100), (8, 100), (21, 512), (43, 512), (63, 512), (784, 1024))
-"""D and H of the paper's sets, POWER to MNIST."""
+"""D and H for the paper's data sets, POWER to MNIST."""
 LAYERS, BATCH = 5, 100
 STEPS_OF_FIT = 40
 WARM_UP = 3
 
 
 def measure(size: tuple[int, int], names: list[str], seconds: float) -> dict[str, Any]:
-    """Training steps of a MAF of five layers with two hidden ones each, in turns; then two epochs of `fit`."""
+    """Speed of a MAF of five layers with two hidden layers each: training steps in turns, then epochs of `fit`."""
     dim, hidden = size
     architecture = Architecture("MAF", dim, hidden, LAYERS)
     flow = architecture.flow()
-    found, _ = peers.find(names)
+    classes, _ = peers.find(names)
     contenders = {}
-    for name, make in found.items():
+    for name, make in classes.items():
         try:
             peer = make(architecture, flow, torch.device("cpu"))
         except UnsupportedError:
@@ -43,10 +43,10 @@ def measure(size: tuple[int, int], names: list[str], seconds: float) -> dict[str
     return {
         "D": dim,
         "H": hidden,
-        "rows_per_second": {name: BATCH / statistics.median(own) for name, own in times.items()},
+        "rows_per_second": {name: BATCH / statistics.median(seconds) for name, seconds in times.items()},
         "ratio": {
-            name: statistics.median(its / our for its, our in zip(own, ours, strict=True))
-            for name, own in times.items()
+            name: statistics.median(one / other for one, other in zip(seconds, ours, strict=True))
+            for name, seconds in times.items()
             if name != OURS
         },
         "fit_rows_per_second": _rows_per_second_of_fit(flow, dim),
@@ -54,7 +54,7 @@ def measure(size: tuple[int, int], names: list[str], seconds: float) -> dict[str
 
 
 def _in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Processor seconds of each call, one of each after another: those of others who use the machine do not count."""
+    """Processor seconds of each call, in turns; processor time excludes other users of the machine."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     ends = time.monotonic() + seconds
     rounds = itertools.count(-WARM_UP)
@@ -68,7 +68,7 @@ def _in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
 
 
 def _rows_per_second_of_fit(flow: Any, dim: int) -> float:
-    """Training rows per processor second of `fit`: averaging, bookkeeping, and a tenth as many rows of validation."""
+    """Training rows per processor second of `fit`, including its averaging and a tenth as many validation rows."""
     rows = torch.randn(STEPS_OF_FIT * BATCH, dim)
     held_out = torch.randn(len(rows) // 10, dim)
     seconds = []
@@ -78,5 +78,5 @@ def _rows_per_second_of_fit(flow: Any, dim: int) -> float:
             flow, rows, validation=held_out, batch_size=BATCH, max_epochs=epochs, learning_rate=1e-6, progress=False
         )
         seconds.append(time.process_time() - started)
-    # What is paid once, and not for every epoch, is in both.
+    # The difference between three epochs and one leaves out the cost of the first call and of preparation.
     return 2 * len(rows) / (seconds[2] - seconds[1])

@@ -1,4 +1,4 @@
-"""From the results of the paper's comparison: tables in Markdown."""
+"""Markdown tables of the paper's comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Section = dict[str, Any]
 
 
 def everything(results: dict[str, Any]) -> str:
-    """All tables there are results for."""
+    """All tables that have results."""
     sets = results["sets"]
     parts = [_about(results["about"])] if results["about"] else []
     if sets:
@@ -83,21 +83,21 @@ def _order(sets: dict[str, Section]) -> str:
     for first, second in pairs:
         cells = [f"{first} over {second}"]
         for section in sets.values():
-            found = [line for line in section["order"] if (line["first"], line["second"]) == (first, second)]
-            cells.append(_judged(found[0]) if found else "")
+            lines = [line for line in section["order"] if (line["first"], line["second"]) == (first, second)]
+            cells.append(_judged(lines[0]) if lines else "")
         rows.append(cells)
     title = "**Who is ahead of whom**: nats a test row, paired by row, two standard errors; bold where it is not so"
     return f"{title}\n\n{table(['', *sets], rows)}" if rows else ""
 
 
 def _judged(line: dict[str, float]) -> str:
-    """A difference that ought to be above zero, in bold where it is not by two standard errors."""
+    """A difference that should be positive, in bold unless it is by more than two standard errors."""
     shown = str(Estimate(line["difference"], line["difference_error"]))
     return shown if line["difference"] > line["difference_error"] else f"**{shown}**"
 
 
 def _given(sets: dict[str, Section]) -> str:
-    """What the context is worth, of those sets that have one."""
+    """Gain from the context, for data sets with one."""
     informed = {name: section for name, section in sets.items() if section.get("given_context")}
     if not informed:
         return ""
@@ -132,14 +132,14 @@ def _peers(sets: dict[str, Section]) -> str:
 
 
 def _default(sets: dict[str, Section]) -> str:
-    """The default against each peer's recipe and simple densities, of those sets that have it."""
-    found = {name: line for name, each in sets.items() for line in each["against_peers"] if line["model"] == "default"}
-    others = list(dict.fromkeys(who for line in found.values() for who in line["ahead"]))
+    """The default against each peer's recipe and simple densities."""
+    lines = {name: line for name, each in sets.items() for line in each["against_peers"] if line["model"] == "default"}
+    others = list(dict.fromkeys(who for line in lines.values() for who in line["ahead"]))
     if not others:
         return ""
     heading = ["", "seeds", "default", "s", *(f"over {who}" for who in others), *(f"s, {who}" for who in others)]
     rows = []
-    for name, line in found.items():
+    for name, line in lines.items():
         seeds = {each["seed"] for each in sets[name]["tried"] if each["model"] == "default"}
         cells = [name, str(len(seeds)), _estimate(line["test"][OURS]), *_seconds(line, [OURS])]
         cells += [_not_behind(line["ahead"][who]) if who in line["ahead"] else "" for who in others]
@@ -182,16 +182,16 @@ def _speed(cells: list[dict[str, Any]]) -> str:
     return f"{title}\n\n{table(heading, rows)}"
 
 
-def _figure_one(found: dict[str, Any] | None) -> str:
-    if not found:
+def _figure_one(scores: dict[str, Any] | None) -> str:
+    if not scores:
         return ""
     rows: Iterable[list[str]] = [
-        ["the density itself", _estimate(found["exact"]), ""],
+        ["the density itself", _estimate(scores["exact"]), ""],
         *(
-            [name, _estimate(own), _estimate(own["short_of_exact"])]
-            for name, own in found.items()
-            if isinstance(own, dict) and "short_of_exact" in own
+            [name, _estimate(score), _estimate(score["short_of_exact"])]
+            for name, score in scores.items()
+            if isinstance(score, dict) and "short_of_exact" in score
         ),
     ]
-    title = f"**Figure 1**: nats on the test points; no model can expect more than {-found['entropy']:.3f}"
+    title = f"**Figure 1**: nats on the test points; no model can expect more than {-scores['entropy']:.3f}"
     return f"{title}\n\n{table(['', 'test log-likelihood', 'short of the density'], rows)}"

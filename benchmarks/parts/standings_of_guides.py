@@ -1,4 +1,4 @@
-"""Tables of the results of guides: each posterior's, and how far verdicts can be relied on."""
+"""Markdown tables of the results of guides: one for each posterior, and one of the reliability of verdicts."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from typing import Any
 FITTED, CONSTANT, CHAIN = "AutoIAF, fit_guide", "AutoIAF, constant rate", "NUTS"
 HEADS = ("guide", "C2ST", "worst", "err", "k-hat", "ELBO, nats", "quantile error", "CPU s", "steps")
 WRONG = 0.55
-"""C2ST from which on a guide is not the posterior."""
+"""C2ST above which a guide counts as wrong."""
 
 
 def tables(posteriors: dict[str, Any]) -> str:
     """All tables, in Markdown."""
-    parts = [table(name, found) for name, found in posteriors.items()]
+    parts = [table(name, section) for name, section in posteriors.items()]
     return "\n".join([*parts, reliability(posteriors)])
 
 
-def table(name: str, found: dict[str, Any]) -> str:
-    """The guides of one posterior: medians over seeds, and the worst C2ST."""
+def table(name: str, section: dict[str, Any]) -> str:
+    """Table of a posterior's guides: medians over seeds, and the worst C2ST."""
     lines = [
-        f"**{name}** ({found['dimensions']} parameters; two sets of reference draws: C2ST "
-        f"{found['c2st_of_references']:.3f})\n",
+        f"**{name}** ({section['dimensions']} parameters; two sets of reference draws: C2ST "
+        f"{section['c2st_of_references']:.3f})\n",
         f"| {' | '.join(HEADS)} |",
         f"| --- | {' | '.join(['---:'] * (len(HEADS) - 1))} |",
     ]
-    for guide, fits in found["guides"].items():
-        own = [each for each in fits.values() if "error" not in each]
-        lines.append(f"| {guide} | {' | '.join(cells(own) if own else ['raises', *[''] * (len(HEADS) - 2)])} |")
-    return "\n".join([*lines, *as_accurate(found["guides"]), ""])
+    for guide, fits in section["guides"].items():
+        finished = [fit for fit in fits.values() if "error" not in fit]
+        figures = cells(finished) if finished else ["raises", *[""] * (len(HEADS) - 2)]
+        lines.append(f"| {guide} | {' | '.join(figures)} |")
+    return "\n".join([*lines, *as_accurate(section["guides"]), ""])
 
 
 def as_accurate(guides: dict[str, Any]) -> list[str]:
-    """A line on when the means of chains have the error of the fit with the same seed; none without such a pair."""
+    """Lines on when the means of each chain reach the error of `fit_guide` with the same seed; empty without a pair."""
     lines = []
     for seed, chain in guides.get(CHAIN, {}).items():
         fit = guides.get(FITTED, {}).get(seed, {"error": ""})
@@ -46,7 +47,7 @@ def as_accurate(guides: dict[str, Any]) -> list[str]:
 
 
 def cells(fits: list[dict[str, Any]]) -> list[str]:
-    """A guide's figures."""
+    """Table cells of a guide's figures."""
     middle = {key: median(each[key] for each in fits) for key in fits[0] if isinstance(fits[0][key], float | int)}
     worst = max(each["c2st"] for each in fits)
     has_bound = middle["elbo"] == middle["elbo"]
@@ -63,14 +64,14 @@ def cells(fits: list[dict[str, Any]]) -> list[str]:
 
 
 def reliability(posteriors: dict[str, Any]) -> str:
-    """How often each verdict came, and how often with draws that are not the posterior's."""
+    """Table of how often each verdict was given to right and to wrong guides."""
     counts: dict[str, Counter[str]] = {}
-    for found in posteriors.values():
-        for fits in found["guides"].values():
-            for own in fits.values():
-                if own.get("grade", "none") != "none":
-                    right = "right" if own["c2st"] <= WRONG else "wrong"
-                    counts.setdefault(own["grade"], Counter())[right] += 1
+    for section in posteriors.values():
+        for fits in section["guides"].values():
+            for fit in fits.values():
+                if fit.get("grade", "none") != "none":
+                    right = "right" if fit["c2st"] <= WRONG else "wrong"
+                    counts.setdefault(fit["grade"], Counter())[right] += 1
     lines = [f"| verdict | C2ST at most {WRONG} | above |", "| --- | ---: | ---: |"]
     grades = [grade for grade in ("good", "usable", "poor", "worthless") if grade in counts]
     lines += [f"| {grade} | {counts[grade]['right']} | {counts[grade]['wrong']} |" for grade in grades]

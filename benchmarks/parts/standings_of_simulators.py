@@ -1,4 +1,4 @@
-"""Table and picture of the results of estimators of posteriors of simulators."""
+"""Tables and plot of the results of posterior estimators for simulators."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Cell = dict[str, Any]
 
 
 def table(results: dict[str, Any]) -> str:
-    """A table for each cell, in Markdown."""
+    """Markdown tables, one for each cell."""
     parts = [report.about_line(results)]
     for cell in ordered(results["cells"]):
         size = f"{cell['dimensions']} parameters, {cell['simulations']:,} simulations, seed {cell['seed']}"
@@ -36,26 +36,26 @@ def table(results: dict[str, Any]) -> str:
 
 
 def ordered(cells: list[Cell]) -> list[Cell]:
-    """Cells by task in the order of their first results, then by size and seed."""
+    """Cells sorted by task in order of first appearance, then by size and seed."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     return sorted(cells, key=lambda cell: (tasks.index(cell["task"]), cell["simulations"], cell["seed"]))
 
 
 def _rows(cell: Cell) -> Iterator[list[str]]:
-    for name, own in cell["estimators"].items():
+    for name, figures in cell["estimators"].items():
         yield [
             name,
-            f"{np.mean(own['c2st']):.3f}",
-            f"{own['log_prob']:.3f}",
-            "" if name == BASELINE else f"{own['gain']:+.3f} ± {own['gain_se']:.3f}",
-            f"{own['training_seconds']:.1f}",
-            str(own["epochs"]),
-            f"{own['sampling_seconds']:.4f}",
+            f"{np.mean(figures['c2st']):.3f}",
+            f"{figures['log_prob']:.3f}",
+            "" if name == BASELINE else f"{figures['gain']:+.3f} ± {figures['gain_se']:.3f}",
+            f"{figures['training_seconds']:.1f}",
+            str(figures["epochs"]),
+            f"{figures['sampling_seconds']:.4f}",
         ]
 
 
 def draw(cells: list[Cell], path: Path) -> None:
-    """C2ST, training and sampling time of each task, a dot for each cell and estimator, small for few simulations."""
+    """Plot C2ST, training and sampling time: a dot per cell and estimator, small for few simulations."""
     rows = ordered(cells)
     tasks = list(dict.fromkeys(cell["task"] for cell in rows))
     figure = Figure(figsize=(8, 0.7 * len(tasks) + 1.6), layout="constrained")
@@ -63,10 +63,10 @@ def draw(cells: list[Cell], path: Path) -> None:
     titles = ("C2ST (0.5 is the posterior)", "training, CPU s", "10,000 draws, CPU s")
     for panel, key, title in zip(panels, ("c2st", "training_seconds", "sampling_seconds"), titles, strict=True):
         for cell in rows:
-            for name, own in cell["estimators"].items():
+            for name, figures in cell["estimators"].items():
                 height = tasks.index(cell["task"]) + 0.12 * (list(COLOURS).index(name) - 2.5)
                 size = 3 if cell["simulations"] < 5_000 else 7
-                panel.plot(np.mean(own[key]), height, "o", markersize=size, color=COLOURS[name], alpha=0.8)
+                panel.plot(np.mean(figures[key]), height, "o", markersize=size, color=COLOURS[name], alpha=0.8)
         panel.set_title(title, fontsize=10)
         panel.set_yticks(range(len(tasks)), tasks)
         panel.spines[["top", "right"]].set_visible(False)

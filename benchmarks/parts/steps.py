@@ -1,4 +1,4 @@
-"""What steps of guides cost, and how noisy their gradients are."""
+"""Times of a guide's steps, and variance of its gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARM_UP = 20
 
 
 class DensityELBO(Trace_ELBO):
-    """`Trace_ELBO` as of other guides: the gradient of the entropy is that of the density, parameters included."""
+    """`Trace_ELBO` as for other guides: the entropy term keeps the gradient through the density's parameters."""
 
     def _get_trace(self, *arguments: Any) -> Any:
         traces = super()._get_trace(*arguments)
@@ -36,15 +36,15 @@ OBJECTIVES = {"Trace_ELBO": DensityELBO, "TracePath_ELBO": TracePath_ELBO}
 
 
 def gradients(posterior: Posterior, guide: Any, seeds: int = SEEDS, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """For either objective, the variance of a guide's gradient, summed over parameters, and the time of one."""
+    """Variance of a guide's gradient, summed over parameters, and its time, for both objectives."""
     calls = {name: _gradient(posterior, guide, objective) for name, objective in OBJECTIVES.items()}
     variances = {}
     for name, call in calls.items():
-        found = []
+        samples = []
         for seed in range(seeds):
             pyro.set_rng_seed(seed)
-            found.append(call())
-        variances[name] = float(torch.stack(found).double().var(0).sum())
+            samples.append(call())
+        variances[name] = float(torch.stack(samples).double().var(0).sum())
     milliseconds = in_turns(calls, repetitions)
     return {name: {"variance": variances[name], "ms": milliseconds[name]} for name in calls}
 
@@ -63,14 +63,14 @@ def _gradient(posterior: Posterior, guide: Any, objective: type[Trace_ELBO]) -> 
 
 
 def step_times(posterior: Posterior, names: tuple[str, ...], repetitions: int = REPETITIONS) -> dict[str, float]:
-    """Milliseconds of a step of SVI of fresh guides, in turns."""
+    """Milliseconds of an SVI step of untrained guides, timed in turns."""
     guides = {name: started(name, posterior)[0] for name in names}
     steppers = {name: stepper(posterior, guide) for name, guide in guides.items()}
     return in_turns({name: lambda svi=svi: svi.step(*posterior.args) for name, svi in steppers.items()}, repetitions)
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median milliseconds of each call, one of each after another."""
+    """Median milliseconds of each call, timed in turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(-WARM_UP, repetitions):
         for name, call in calls.items():

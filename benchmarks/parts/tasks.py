@@ -22,7 +22,7 @@ LOTKA_VOLTERRA_PRIOR = LogNormal(torch.tensor([-0.125, -3.0, -0.125, -3.0]), tor
 
 @dataclass(frozen=True)
 class Task:
-    """A prior over theta, a simulator of x, and independent draws of the posterior at one x, (1, number of x)."""
+    """A prior over theta, a simulator of x, and a sampler of the exact posterior at one x, (1, size of x)."""
 
     name: str
     prior: Distribution
@@ -30,7 +30,7 @@ class Task:
     reference: Callable[[Tensor, int], Tensor]
 
     def simulations(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Parameters and simulations."""
+        """Parameters and simulations, (rows, ...) both."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             theta = self.prior.sample((rows,))
@@ -38,7 +38,7 @@ class Task:
 
 
 def _by_rejection(propose: Callable[[int], tuple[Tensor, Tensor]], number: int) -> Tensor:
-    """Accept proposals in proportion to their weights, which are logs, until there are enough."""
+    """Rejection sampling from proposals and their log-weights, until there are enough draws."""
     draws, weights = propose(PROPOSALS)
     while (weights - weights.max()).exp().sum() < 1.2 * number:
         more = propose(PROPOSALS)
@@ -58,26 +58,26 @@ def _moved(theta: Tensor) -> Tensor:
 
 
 def _two_moons_reference(x: Tensor, number: int) -> Tensor:
-    """Exact: the crescent that leads to x is drawn, solved for theta, and thinned to the prior's square."""
-    kept: list[Tensor] = []
-    while sum(map(len, kept)) < number:
+    """Draw the crescent, solve for the theta that leads to x, and reject draws outside the prior's square."""
+    accepted: list[Tensor] = []
+    while sum(map(len, accepted)) < number:
         crescent = _two_moons(torch.zeros(4 * number, 2))
         total, apart = (x - crescent).unbind(1)
         total, apart = total * math.sqrt(2), apart * math.sqrt(2)
         sign = torch.where(torch.rand(len(total)) < 0.5, 1.0, -1.0)
         # |a + b| = -total and b - a = apart, for either sign of a + b.
         theta = torch.stack([-sign * total - apart, -sign * total + apart], 1) / 2
-        kept.append(theta[(total <= 0) & (theta.abs() <= 1).all(1)])
-    return torch.cat(kept)[:number]
+        accepted.append(theta[(total <= 0) & (theta.abs() <= 1).all(1)])
+    return torch.cat(accepted)[:number]
 
 
 def _gaussian_linear_reference(x: Tensor, number: int) -> Tensor:
-    # Prior N(0, 0.1 I) and noise of the same variance.
+    # Prior and noise are both N(0, 0.1 I).
     return x / 2 + math.sqrt(0.05) * torch.randn(number, x.shape[-1])
 
 
 def _slcp(theta: Tensor) -> Tensor:
-    """Four points of a bivariate normal, of five parameters: a simple likelihood, and a posterior of four modes."""
+    """Four points of a bivariate normal with five parameters: a simple likelihood with a posterior of four modes."""
     scale = theta[:, 2:4].square()
     correlation = theta[:, 4].tanh()
     noise = torch.randn(len(theta), 4, 2)
@@ -87,7 +87,7 @@ def _slcp(theta: Tensor) -> Tensor:
 
 
 def _slcp_reference(x: Tensor, number: int) -> Tensor:
-    """By rejection: scales and correlation from the prior; given those, the mean of the points is normal."""
+    """Rejection sampling: scales and correlation from the prior, and the mean from its conditional, a normal."""
     points = x.double().reshape(4, 2)
     centre = points.mean(0)
     scatter = (points - centre).T @ (points - centre)
@@ -110,13 +110,13 @@ def _slcp_reference(x: Tensor, number: int) -> Tensor:
 
 
 def _lotka_volterra(theta: Tensor) -> Tensor:
-    """Ten observations of either population over 20 units of time, with log-normal noise."""
+    """Logarithms of ten noisy observations of each population over 20 units of time."""
     populations = _log_populations(theta)
     return populations + 0.1 * torch.randn_like(populations)
 
 
 def _lotka_volterra_reference(x: Tensor, number: int) -> Tensor:
-    """By rejection from a t distribution about the mode, which Gauss-Newton steps find from the best prior draw."""
+    """Rejection sampling from a t distribution at the mode, which Gauss-Newton steps find from the best prior draw."""
     x, prior = x.double(), LOTKA_VOLTERRA_PRIOR.base_dist
     loc, scale = prior.loc.double(), prior.scale.double()
 
@@ -141,7 +141,7 @@ def _lotka_volterra_reference(x: Tensor, number: int) -> Tensor:
 
 
 def _log_populations(theta: Tensor) -> Tensor:
-    """Logs of both populations at ten times, each time side by side."""
+    """Log-populations at ten times, (rows, 20), with the two populations of each time adjacent."""
     step, state = 0.1, theta.new_tensor([30.0, 1.0]).expand(len(theta), 2)
     seen = []
     for index in range(200):

@@ -1,4 +1,4 @@
-"""Times of several contenders for the same work, taken in turns, so that what disturbs one disturbs all."""
+"""Times of several contenders for the same work, taken in turns so that disturbances affect all of them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BURST = 0.004
-"""Seconds for which a contender is called again and again before it is the next one's turn."""
+"""Seconds of repeated calls in one contender's turn."""
 LONGEST_BURST = 200
 ROUNDS = 15
 LONG = 1.0
-"""Seconds of a call from which on it is not repeated."""
+"""Seconds of a call above which it is not repeated."""
 
 
 @dataclass
 class Contender:
-    """One who does the work.
+    """An implementation of the work to time.
 
     Attributes:
-        name: Who.
-        call: Does the work once, to its end.
-        predicted: Seconds that a call should take, where that is known beforehand.
-        needs: Bytes of memory that a call should take, likewise.
+        name: Name of the package or method.
+        call: Function that does the work once and returns when it is done.
+        predicted: Predicted seconds of a call, if any.
+        needs: Predicted bytes of memory of a call, if any.
         compiles: Whether the first call compiles something.
     """
 
@@ -39,12 +39,12 @@ class Contender:
 
 @dataclass
 class Times:
-    """What was measured of one contender, in seconds.
+    """Times of one contender, in seconds.
 
     Attributes:
-        rounds: The times of single calls, by the number of the round.
-        predicted: What was expected of a call; all there is for one that was not run.
-        note: Why it was not run, or "" if it was.
+        rounds: Times of single calls, by round.
+        predicted: Predicted time of a call, if any; used for a contender that was not run.
+        note: Reason for not running it, or "".
     """
 
     rounds: dict[int, list[float]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Times:
 
     @property
     def measured(self) -> bool:
-        """Whether it was run at all."""
+        """Whether it was run."""
         return bool(self.rounds)
 
     @property
@@ -63,12 +63,12 @@ class Times:
 
     @property
     def minimum(self) -> float:
-        """The fastest call, or what was predicted of it."""
+        """Time of the fastest call, or the prediction."""
         return min(map(min, self.rounds.values())) if self.measured else self._expected()
 
     @property
     def median(self) -> float:
-        """The median call, or what was predicted of it."""
+        """Median time of a call, or the prediction."""
         return statistics.median(itertools.chain(*self.rounds.values())) if self.measured else self._expected()
 
     def _expected(self) -> float:
@@ -76,9 +76,9 @@ class Times:
 
 
 def paired_ratio(times: Times, other: Times) -> float:
-    """How many times as long a call takes as one of another contender: the median over the rounds of both.
+    """Median over common rounds of the ratio of median times; without common rounds, the ratio of medians.
 
-    A ratio of minima would favour whoever was called more often.
+    A ratio of minima would favour the contender with more calls.
     """
     common = times.rounds.keys() & other.rounds.keys()
     if not common:
@@ -98,30 +98,32 @@ def take_turns(
 ) -> dict[str, Times]:
     """Time every contender, in turns.
 
-    Each is called once before, unmeasured: what is compiled at first use is compiled then. So is the first call of each
-    turn, since what others did meanwhile tells in it: caches are cold, and `fit` packs its weights anew after a step of
-    anybody's optimizer, which takes 180 ms in place of 24 at (784, 1024). One whose calls are so long that a few use up
-    its share of the time takes part in the first rounds only, but in one at least. Where nothing is compiled and a call
-    takes a second and more, as predicted, that first one is the only one.
+    Each contender is called once beforehand, unmeasured, to compile. The first call of each turn is not measured
+    either, since it pays for the other contenders: caches are cold, and `fit` repacks its weights after a step of any
+    optimizer, 180 ms instead of 24 at (784, 1024). A contender with long calls takes part in the first rounds only, but
+    in at least one. If nothing is compiled and a predicted call takes more than a second, its first call is the only
+    one and counts.
 
     Args:
-        contenders: Who.
-        seconds: Time for all of them together, exceeded only by what a single call of each takes.
-        longest_call: A contender whose call is predicted to take longer than this is not run.
-        memory: One that is predicted to need more bytes than this is not run either.
-        rounds: The largest number of turns of each.
+        contenders: The contenders.
+        seconds: Time for all contenders together, except that each has at least one round.
+        longest_call: Seconds; a contender whose predicted time is longer is not run.
+        memory: Bytes; a contender that is predicted to need more is not run.
+        rounds: Maximum number of turns of each contender.
+
+    Returns:
+        Times of each contender, by name.
     """
     times = {contender.name: Times(predicted=contender.predicted) for contender in contenders}
     lengths: dict[str, float] = {}
     running = []
     for contender in contenders:
-        own = times[contender.name]
-        own.note = _reason_not_to_run(contender, longest_call, memory)
-        if own.note:
+        times[contender.name].note = _reason_not_to_run(contender, longest_call, memory)
+        if times[contender.name].note:
             continue
         first = once(contender.call)
         if contender.predicted is not None and not contender.compiles and first > LONG:
-            own.rounds[0] = [first]
+            times[contender.name].rounds[0] = [first]
         else:
             lengths[contender.name] = once(contender.call)
             running.append(contender)
@@ -138,7 +140,7 @@ def take_turns(
 
 
 def once(call: Callable[[], Any]) -> float:
-    """Seconds that one call takes."""
+    """Seconds of one call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

@@ -1,5 +1,4 @@
-"""Posteriors with exact draws: densities in closed form, models of which the draws of the prior are the posterior, and
-models of few parameters whose posterior is tabulated on a grid."""
+"""Posteriors with exact draws: closed-form densities, models without data, and posteriors tabulated on a grid."""
 
 from __future__ import annotations
 
@@ -20,14 +19,14 @@ from parts.posteriors import Posterior
 
 DRAWS = 10_000
 CELLS = {1: 20_000, 2: 1_000, 3: 160}
-"""Cells of a grid along each axis, by the number of axes."""
+"""Number of grid cells along each axis, by the number of axes."""
 Sample = Callable[[np.random.Generator, int], np.ndarray]
 LogDensity = Callable[[Tensor], Tensor]
 Model = Callable[..., Any]
 
 
 def closed_form(name: str, dim: int, prior_scale: float, log_density: LogDensity, sample: Sample) -> Posterior:
-    """A density of a vector z, up to a constant: a wide normal prior, and a factor that makes up for it."""
+    """An unnormalised density of a vector z, as a model: a wide normal prior, and a factor that corrects for it."""
 
     def model() -> None:
         prior = dist.Normal(torch.zeros(dim), prior_scale).to_event(1)
@@ -39,7 +38,7 @@ def closed_form(name: str, dim: int, prior_scale: float, log_density: LogDensity
 
 
 def mixture(name: str, prior_scale: float, centres: Any, scales: Any, weights: Any) -> Posterior:
-    """A mixture of normals, each with the same scale in every direction."""
+    """A mixture of isotropic normals."""
     locs, sds, shares = (torch.as_tensor(each, dtype=torch.float32) for each in (centres, scales, weights))
 
     def log_density(z: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def mixture(name: str, prior_scale: float, centres: Any, scales: Any, weights: A
 
 
 def ring(name: str, radius: float, width: float, dim: int = 2) -> Posterior:
-    """A density that depends on the distance from the origin alone: a ring, or a shell."""
+    """A density that depends only on the distance from the origin: a ring or a shell."""
 
     def log_density(z: Tensor) -> Tensor:
         return -((z.norm(dim=-1) - radius) ** 2) / (2 * width**2)
@@ -82,9 +81,9 @@ def prior(name: str, model: Model, columns: tuple[str, ...]) -> Posterior:
 def tabulated(
     name: str, model: Model, bounds: Mapping[str, tuple[float, float]], *, exchangeable: bool = False
 ) -> Posterior:
-    """A model of up to three scalar latent variables, all of whose probability lies within bounds.
+    """A model of up to three scalar latent variables, whose posterior within bounds is tabulated on a grid.
 
-    Exchangeable ones are tabulated in ascending order alone, and permuted.
+    Exchangeable variables are tabulated in ascending order only, and their draws permuted.
     """
     columns = tuple(bounds)
     cells = CELLS[len(columns)]
@@ -125,7 +124,7 @@ def banana(name: str, bend: float, width: float) -> Posterior:
 
 
 def funnel(dim: int) -> Posterior:
-    """Neal's funnel, centred: a log-scale, and dim - 1 numbers of that scale."""
+    """Neal's funnel, centred: a log-variance, and dim - 1 normals of that variance."""
 
     def model() -> None:
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
@@ -136,13 +135,13 @@ def funnel(dim: int) -> Posterior:
 
 
 def simple(name: str, fn: Callable[[], Any], size: int) -> Posterior:
-    """A distribution of one site."""
+    """A model with a single site."""
     columns = tuple(f"z[{index}]" for index in range(1, size + 1)) if size else ("z",)
     return prior(name, lambda: pyro.sample("z", fn()), columns)
 
 
 def hierarchy(groups: int, spread: float, noise: float = 1.0) -> Posterior:
-    """Means of groups around a common one: given tau all is normal, and tau is tabulated."""
+    """Group means around a common mean. Given tau the posterior is normal; that of tau is tabulated."""
     rng = np.random.default_rng(groups)
     y = torch.tensor(1.0 + spread * rng.normal(size=groups) + noise * rng.normal(size=groups), dtype=torch.float32)
 
@@ -171,7 +170,7 @@ def hierarchy(groups: int, spread: float, noise: float = 1.0) -> Posterior:
 
 
 def horseshoe(size: int) -> Posterior:
-    """Normal means with horseshoe priors, centred: given tau they are independent, and lambda and tau tabulated."""
+    """Normal means with centred horseshoe priors, independent given tau; lambda and tau are tabulated."""
     rng = np.random.default_rng(size)
     truth = np.where(np.arange(size) < max(1, size // 5), 5.0, 0.0)
     y = torch.tensor(truth + rng.normal(size=size), dtype=torch.float32)
@@ -205,7 +204,7 @@ def horseshoe(size: int) -> Posterior:
 def regression(
     name: str, units: Any, correlation: float = 0.0, rows: int = 60, prior_scale: float = 100.0
 ) -> Posterior:
-    """A linear regression with known noise, and priors so wide that they say nothing: a normal posterior."""
+    """A linear regression with known noise variance and wide priors, whose posterior is normal."""
     rng, rows = np.random.default_rng(0), 60
     units = np.asarray(units, dtype=float)
     x = rng.normal(size=(rows, len(units)))
@@ -225,7 +224,7 @@ def regression(
 
 
 class Likelihood:
-    """Data, and their distribution as a function of the latent variables by name."""
+    """Data, and their distribution as a function of the latent variables, passed by name."""
 
     def __init__(self, data: Any, distribution: Callable[..., Any]) -> None:
         self.data = torch.as_tensor(data, dtype=torch.float32)
@@ -235,7 +234,7 @@ class Likelihood:
 def observed(
     name: str, bounds: Mapping[str, tuple[float, float]], priors: Mapping[str, Any], likelihood: Any
 ) -> Posterior:
-    """A model of scalars with independent priors, and the likelihood of its data as a function of these."""
+    """A model of scalars with independent priors and this likelihood."""
     data = likelihood.data
 
     def model() -> None:
@@ -257,7 +256,7 @@ def _normals(rows: int) -> Posterior:
 
 
 def _switching(components: int) -> Posterior:
-    """A mixture of equal parts whose means are exchangeable: each order of them is a mode."""
+    """A mixture of equal weights with exchangeable means: each permutation of them is a mode."""
     centres = torch.linspace(-2.0, 2.0, components)
     data = torch.cat([centre + 0.6 * _noise(index, 15) for index, centre in enumerate(centres)])
 
@@ -280,7 +279,7 @@ def _logistic(separated: bool) -> Posterior:
 
 
 def _waves() -> Posterior:
-    """A sine of unknown frequency: many local modes, of which one matters."""
+    """A sine wave of unknown frequency, with many local modes, one of which dominates."""
     t = torch.linspace(0, 4, 30)
     data = Likelihood(torch.sin(3.0 * t) + 0.4 * _noise(2, 30), lambda w, a: dist.Normal(a * torch.sin(w * t), 0.4))
     priors = {"w": dist.Uniform(0.0, 12.0), "a": dist.Normal(0.0, 2.0)}
@@ -304,7 +303,7 @@ def _mixture_prior() -> Posterior:
 
 
 def _pair(name: str, data: Any, scale: float, of: Callable[[Tensor, Tensor], Tensor], reach: float) -> Posterior:
-    """Two standard normals of which only a function is observed."""
+    """Two standard normals, of which a function is observed with noise."""
     priors = {"a": dist.Normal(0.0, 1.0), "b": dist.Normal(0.0, 1.0)}
     bounds = {"a": (-reach, reach), "b": (-reach, reach)}
     return observed(name, bounds, priors, Likelihood(data, lambda a, b: dist.Normal(of(a, b), scale)))
@@ -391,4 +390,4 @@ _MAKERS: dict[str, Callable[[], Posterior]] = {
     "predator_prey": predator_prey,
 }
 TOYS = {name: functools.cache(make) for name, make in _MAKERS.items()}
-"""Functions of no argument that return a posterior with exact draws, by name."""
+"""Cached functions without arguments that return a posterior with exact draws, by name."""

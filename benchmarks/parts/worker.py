@@ -1,8 +1,8 @@
-"""One process of the benchmark: a plan on standard input, a line of JSON for each result on standard output.
+"""Process that measures a plan, read from standard input, and prints a line of JSON for each result.
 
     python -m parts.worker
 
-A process of its own for every number of threads: most thread pools are made once, as large as there are cores to use.
+Each number of threads needs its own process, since most thread pools are created once, one thread per available core.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from parts.plan import Plan
 
 
 def results(plan: Plan) -> Iterator[tuple[str, Any]]:
-    """Kind and content of each result of a plan, from a process that may use as many cores as it has threads."""
+    """Kind and content of each result of a plan, from a process with as many cores as threads."""
     environment = os.environ | {name: str(plan.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with _cores(plan.threads):
         process = subprocess.Popen(
@@ -55,7 +55,7 @@ def results(plan: Plan) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _cores(count: int) -> Iterator[None]:
-    """Processes that start within may use `count` cores: nobody measures with more threads than were asked for."""
+    """Limit child processes to `count` cores, so that no library runs more threads than requested."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -68,7 +68,7 @@ def _cores(count: int) -> Iterator[None]:
 
 
 def free_memory() -> float:
-    """Bytes of memory that a process could still get."""
+    """Bytes of available memory."""
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
         if line.startswith("MemAvailable:"):
             return 1024.0 * int(line.split()[1])
@@ -76,7 +76,7 @@ def free_memory() -> float:
 
 
 def work(plan: Plan, tell: Any) -> None:
-    """Measure what is planned."""
+    """Measure the plan, passing the kind and content of each result to `tell`."""
     torch.set_num_threads(plan.threads)
     peers, missing = find(list(plan.peers))
     for line in missing.values():
@@ -92,7 +92,7 @@ def work(plan: Plan, tell: Any) -> None:
 
 
 def main() -> None:
-    """Read the plan; what others print goes to standard error."""
+    """Read the plan and print its results; everything else that is printed goes to standard error."""
     values = json.load(sys.stdin)
     plan = Plan(**{name: _frozen(value) for name, value in values.items()})
     out = sys.stdout

@@ -1,11 +1,11 @@
-"""Us and the others, each behind the same few methods."""
+"""This package and its peers behind a common interface."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 
-# Not pyro itself: once it is imported, that is the name of a module of this package.
+# Not `import pyro`, whose name `parts.peers.pyro` takes once it is imported.
 from pyro import enable_validation
 
 from parts.peers.base import Peer, UnsupportedError
@@ -20,32 +20,32 @@ PEERS = {
     "normflows": "normflows",
     "flowjax": "flowjax",
 }
-"""The peers and the distributions that install them."""
+"""Peers and the distributions that install them."""
 
 
 def find(names: list[str]) -> tuple[dict[str, type[Peer]], dict[str, str]]:
-    """The peers that are installed, us first, and a line about each that is not."""
+    """Classes of the installed packages, ours first, and a message for each peer that is not installed."""
     from parts.peers.ours import Ours
 
-    # Nobody checks what a distribution is given: not all of them would.
+    # Not every peer validates arguments, so none of them should.
     enable_validation(False)
-    found: dict[str, type[Peer]] = {OURS: Ours}
+    classes: dict[str, type[Peer]] = {OURS: Ours}
     missing = {}
     for name in names:
         try:
             # `parts.peers.flowjax` holds the class Flowjax, and likewise for the others.
-            found[name] = getattr(importlib.import_module(f"parts.peers.{name}"), name.capitalize())
+            classes[name] = getattr(importlib.import_module(f"parts.peers.{name}"), name.capitalize())
         except ImportError as error:
             missing[name] = f"{name} is left out: it is not installed here ({error})."
-    return found, missing
+    return classes, missing
 
 
 def versions() -> dict[str, str]:
-    """The installed version of everything that takes part."""
-    found = {}
+    """Installed versions of all packages that are compared or needed."""
+    installed = {}
     for name in ("torch", "numpy", "numba", "jax", *PEERS.values()):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

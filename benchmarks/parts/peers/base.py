@@ -1,4 +1,4 @@
-"""What the benchmark asks of each peer."""
+"""Interface of a peer."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from parts.architecture import Architecture
 from pyro_maf.transforms import Stack
 
 LEARNING_RATE = 1e-6
-"""Small enough that no number of measured steps changes what is measured."""
+"""So small that training steps do not change the weights noticeably during a measurement."""
 
 
 class UnsupportedError(Exception):
-    """A peer cannot do this; the message says why."""
+    """The peer does not support this; the message says why."""
 
 
 class Peer(abc.ABC):
-    """A flow of somebody's, with the weights of ours.
+    """A package's flow with the weights of ours.
 
-    Data and noise are what `prepare` makes of a tensor. Every method returns when the work is done, and not before.
+    Methods take data and noise in the form that `prepare` returns, and return when the work is done.
 
     Args:
         architecture: Family and sizes.
         flow: Our flow, whose weights are copied.
-        device: Where it runs.
+        device: Device to run on.
 
     Raises:
         UnsupportedError: If the peer has no such flow.
@@ -38,65 +38,61 @@ class Peer(abc.ABC):
         self.device = device
 
     families: ClassVar[tuple[str, ...]] = ("MAF", "RealNVP")
-    """The families of which the peer has members here."""
+    """Families that the peer supports."""
     compiles = False
-    """Whether the first call of a kind compiles something, and takes much longer for it."""
+    """Whether the first call of a kind compiles something and takes much longer."""
 
     @abc.abstractmethod
     def set_training(self, training: bool) -> None:
-        """Told before work that trains, or that does not."""
+        """Switch between training and evaluation, before the work."""
 
     @abc.abstractmethod
     def prepare(self, values: Tensor) -> Any:
-        """A float32 matrix as the peer takes it."""
+        """Convert a float32 matrix to the peer's input."""
 
     @abc.abstractmethod
     def sample(self, noise: Any) -> Any:
-        """Noise to data, without gradients. For a MAF this is the sequential direction."""
+        """Map noise to data without gradients, the sequential direction of a MAF."""
 
     @abc.abstractmethod
     def sample_and_differentiate(self, noise: Any) -> Any:
-        """Noise to data and log-determinant, and the gradient of a loss of both to all weights.
+        """Map noise to data and log-determinant, and compute the gradient of a loss with respect to all weights.
 
-        The loss is the reverse Kullback-Leibler divergence to a standard normal, up to a constant: what a guide is
-        trained with.
+        The loss is the reverse Kullback-Leibler divergence to a standard normal, up to a constant, as for a guide.
         """
 
     @abc.abstractmethod
     def log_prob(self, data: Any) -> Any:
-        """Log-density of data, without gradients."""
+        """Log-density of data without gradients."""
 
     @abc.abstractmethod
     def train_step(self, data: Any) -> Any:
-        """One step of Adam on the mean negative log-density of data."""
+        """Take a step of Adam on the mean negative log-density of data."""
 
     @abc.abstractmethod
     def guide_step(self, noise: Any) -> Any:
-        """One step of Adam on the loss of `sample_and_differentiate`."""
+        """Take a step of Adam on the loss of `sample_and_differentiate`."""
 
     def fit_step(self, data: Any) -> Any:
-        """What the peer's user does for a step of `fit`: a training step."""
+        """Take the counterpart of a step of `fit`, a training step."""
         return self.train_step(data)
 
     @abc.abstractmethod
     def outputs(self, index: int, inputs: Tensor) -> Tensor:
-        """Outputs of the network of layer `index`, counted from the noise, in our arrangement.
-
-        For a network of D inputs in another order than ours, this puts inputs and outputs right.
-        """
+        """Outputs of the network of layer `index`, counted from the noise, with inputs and outputs arranged as ours."""
 
     def bytes_per_pass(self, batch: int) -> int:
-        """About what one pass through the networks keeps for its gradient."""
+        """Approximate memory that one pass through a network stores for its gradient."""
         return 4 * batch * (3 * self.architecture.hidden + 8 * self.architecture.dim)
 
 
 class TorchPeer(Peer):
-    """One made of torch modules: `module` holds all parameters."""
+    """A peer built of torch modules, whose parameters are all in `module`."""
 
     module: nn.Module
 
     def _ready(self) -> None:
-        """To be called when `module` is there."""
+        """Move `module` to the device and create its optimizer; to be called once `module` is set."""
         self.module.to(self.device)
         self.optimizer = torch.optim.Adam(self.module.parameters(), LEARNING_RATE, fused=True)
 
@@ -143,7 +139,7 @@ class TorchPeer(Peer):
         return self._finished(loss)
 
     def bytes_per_pass(self, batch: int) -> int:
-        # The product of weights and mask is made anew, and kept, in every pass.
+        # Every pass computes the product of weights and mask and stores it.
         weights = sum(parameter.numel() for parameter in self.module.parameters()) // self.architecture.layers
         return super().bytes_per_pass(batch) + 4 * weights
 

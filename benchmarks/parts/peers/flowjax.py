@@ -1,4 +1,4 @@
-"""flowjax: every function compiled, with the weights as arguments; bijections take data to noise."""
+"""flowjax: all functions are compiled with the weights as arguments; bijections map data to noise."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from torch import Tensor
 
 from parts.architecture import BINS, HIDDEN_LAYERS, Architecture, Linear, linears, network_of, paired, rearranged
 from parts.peers.base import LEARNING_RATE, Peer, UnsupportedError
-from parts.peers.natural import in_natural_order, ours_again
+from parts.peers.natural import in_natural_order, in_our_order
 from pyro_maf import transforms
 from pyro_maf.transforms import Stack
 
 TAIL_BOUND = 5.0
-"""Half the width of a spline's box, as zuko's."""
+"""Half the width of a spline's box, zuko's default."""
 
 
 class Flowjax(Peer):
-    """`MaskedAutoregressive` and `Coupling` in a `Chain`: no slower than the `Scan` of flowjax's ready-made flows."""
+    """`MaskedAutoregressive` and `Coupling` in a `Chain`, no slower than the `Scan` of flowjax's predefined flows."""
 
     families = ("MAF", "IAF", "RealNVP", "NSF")
     compiles = True
@@ -57,7 +57,7 @@ class Flowjax(Peer):
         self._compile(Transformed(base, Chain(bijections[1:]) if is_parallel else Invert(Chain(bijections[:0:-1]))))
 
     def _autoregressive(self, layer: transforms.MaskedAutoregressive) -> list[AbstractBijection]:
-        """A reversal, which the layer next to the noise does without, and the layer."""
+        """A reversal, which is dropped for the layer next to the noise, and the layer."""
         is_spline = self.architecture.family == "NSF"
         bijection = MaskedAutoregressive(
             jax.random.key(0),
@@ -74,7 +74,7 @@ class Flowjax(Peer):
         return [Flip((self.architecture.dim,)), bijection]
 
     def _coupling(self, layer: transforms.Coupling) -> list[AbstractBijection]:
-        """The halves change places, except next to the noise, so that what the layer keeps comes first."""
+        """A rotation that puts the identity half first, dropped for the layer next to the noise, and the layer."""
         kept = int(layer.mask.sum())
         bijection = Coupling(
             jax.random.key(0),
@@ -91,8 +91,7 @@ class Flowjax(Peer):
         return [Permute(jnp.roll(jnp.arange(self.architecture.dim), -kept)), bijection]
 
     def _compile(self, distribution: AbstractDistribution) -> None:
-        # Masks are multiplied in once, where there is no gradient. Plain lists of arrays as arguments cost the least
-        # time per call.
+        # Without gradients, masks are multiplied in beforehand. Plain lists of arrays are the fastest arguments.
         self.fixed, rebuilt = _taken_apart(paramax.unwrap(distribution))
         self.free, trainable = _taken_apart(distribution)
 
@@ -118,11 +117,11 @@ class Flowjax(Peer):
         self._log_prob = jax.jit(lambda fixed, data: rebuilt(fixed).log_prob(data))
         self._differentiate = jax.jit(jax.value_and_grad(reverse_divergence))
         self._train_step, self._guide_step = step_on(negative_log_prob), step_on(reverse_divergence)
-        # Steps overwrite what they are given, so they have copies.
+        # Steps donate their buffers, so they get copies.
         self.state = [jnp.array(value) for value in self.free], jax.tree.map(jnp.array, optimizer.init(self.free))
 
     def set_training(self, training: bool) -> None:
-        """Nothing here depends on it."""
+        """Do nothing, since no function depends on it."""
 
     def prepare(self, values: Tensor) -> Any:
         return jnp.array(values.numpy())
@@ -151,8 +150,8 @@ class Flowjax(Peer):
         def network(values: Tensor) -> Tensor:
             return torch.from_numpy(np.array(jax.vmap(self.networks[index])(jnp.array(values.numpy()))))
 
-        found = ours_again(self.layers[index], network, inputs, scale_first=False)
-        return found if self.architecture.family in ("MAF", "IAF") else found.unflatten(-1, (-1, 2)).mT.flatten(1)
+        outputs = in_our_order(self.layers[index], network, inputs, scale_first=False)
+        return outputs if self.architecture.family in ("MAF", "IAF") else outputs.unflatten(-1, (-1, 2)).mT.flatten(1)
 
 
 def _filled(network: eqx.nn.MLP, copied: list[Linear], *, masked: bool) -> eqx.nn.MLP:
@@ -165,7 +164,7 @@ def _filled(network: eqx.nn.MLP, copied: list[Linear], *, masked: bool) -> eqx.n
 
 
 def _taken_apart(distribution: AbstractDistribution) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays that are trained, and what puts a distribution together from such arrays."""
+    """Trainable arrays of a distribution, and a function that rebuilds it from such arrays."""
     trained, static = eqx.partition(
         distribution, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
     )

@@ -1,4 +1,4 @@
-"""For those whose masked layers have the natural order only, scale first and shift second, with the data reversed."""
+"""Conversions for peers whose masked layers support only the natural order, with permutations between layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pyro_maf.transforms import Flow, InverseAutoregressive, MaskedAutoregressiv
 
 
 def in_natural_order(layer: MaskedAutoregressive | InverseAutoregressive, scale_first: bool = True) -> list[Linear]:
-    """The network as one sees it who has put the variables in the layer's order."""
+    """The layer's network for variables permuted into the layer's order, and outputs in pairs of scale and shift."""
     order = layer.order
     pairs = torch.arange(2 * len(order)).view(-1, 2)[order]
     return rearranged(linears(layer.made), inputs=order, outputs=(pairs.flip(1) if scale_first else pairs).flatten())
 
 
-def ours_again(layer: Flow, network: Callable[[Tensor], Tensor], inputs: Tensor, scale_first: bool = True) -> Tensor:
-    """Outputs of such a network for inputs in our arrangement, and in our arrangement; of others as they are."""
+def in_our_order(layer: Flow, network: Callable[[Tensor], Tensor], inputs: Tensor, scale_first: bool = True) -> Tensor:
+    """Outputs of such a network with inputs and outputs arranged as ours; other networks are called unchanged."""
     if not isinstance(layer, (InverseAutoregressive, MaskedAutoregressive)):
         return network(inputs)
     pairs = network(inputs[:, layer.order]).unflatten(-1, (-1, 2))

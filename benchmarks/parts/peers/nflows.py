@@ -1,4 +1,4 @@
-"""nflows: a transform takes data to noise; layers have the natural order, and the data is reversed between them."""
+"""nflows: transforms map data to noise; layers have the natural order, and the data is reversed between them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from torch import Tensor
 
 from parts.architecture import BINS, HIDDEN_LAYERS, Architecture, linears, network_of
 from parts.peers.base import TorchPeer
-from parts.peers.natural import in_natural_order, ours_again
+from parts.peers.natural import in_natural_order, in_our_order
 from parts.peers.weights import fill
 from pyro_maf.transforms import Coupling, MaskedAutoregressive, Stack
 
 TAIL_BOUND = 5.0
-"""Half the width of a spline's box, as zuko's."""
+"""Half the width of a spline's box, zuko's default."""
 
 
 class _Conditioner(MLP):
-    """An `MLP` as coupling layers call it."""
+    """An `MLP` with the signature that coupling layers call."""
 
     def forward(self, inputs: Tensor, context: None = None) -> Tensor:
         return super().forward(inputs)
 
 
 class Nflows(TorchPeer):
-    """`MaskedAffineAutoregressiveTransform`, the same of rational-quadratic splines, and `AffineCouplingTransform`."""
+    """`MaskedAffineAutoregressiveTransform`, its rational-quadratic counterpart, and `AffineCouplingTransform`."""
 
     families = ("MAF", "RealNVP", "NSF")
 
@@ -75,7 +75,7 @@ class Nflows(TorchPeer):
     def _coupling(self, layer: Coupling) -> Transform:
         widths = [self.architecture.hidden] * HIDDEN_LAYERS
         transform = AffineCouplingTransform(
-            (~layer.mask).int(), lambda kept, outputs: _Conditioner([kept], [outputs], widths, F.relu)
+            (~layer.mask).int(), lambda inputs, outputs: _Conditioner([inputs], [outputs], widths, F.relu)
         )
         network = transform.transform_net
         fill([network._input_layer, *network._hidden_layers, network._output_layer], linears(network_of(layer)))
@@ -92,4 +92,4 @@ class Nflows(TorchPeer):
         return self.module.log_prob(data)
 
     def outputs(self, index: int, inputs: Tensor) -> Tensor:
-        return ours_again(self.layers[index], self.networks[index], inputs.to(self.device)).cpu()
+        return in_our_order(self.layers[index], self.networks[index], inputs.to(self.device)).cpu()

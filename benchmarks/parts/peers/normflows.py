@@ -1,4 +1,4 @@
-"""normflows: a flow takes noise to data, so a MAF that scores data in one pass is a reversed one."""
+"""normflows: flows map noise to data, so a MAF that scores data in one pass needs reversed layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from parts.architecture import HIDDEN_LAYERS, Architecture, linears, network_of, paired, rearranged
 from parts.peers.base import TorchPeer
-from parts.peers.natural import in_natural_order, ours_again
+from parts.peers.natural import in_natural_order, in_our_order
 from parts.peers.weights import fill
 from pyro_maf.transforms import Coupling, MaskedAutoregressive, Stack
 
@@ -38,7 +38,7 @@ class Normflows(TorchPeer):
             [network.initial_layer, *(block.linear for block in network.blocks), network.final_layer],
             in_natural_order(layer),
         )
-        # Without residual blocks, normflows leaves out the activation of the first layer.
+        # Without residual blocks, normflows omits the activation after the first layer.
         network.initial_layer = nn.Sequential(network.initial_layer, nn.ReLU())
         self.networks.append(network)
         return nf.flows.Reverse(flow)
@@ -49,7 +49,7 @@ class Normflows(TorchPeer):
         network = nf.nets.MLP([kept, *[self.architecture.hidden] * HIDDEN_LAYERS, 2 * moved])
         fill(network.net, rearranged(linears(network_of(layer)), outputs=paired(2 * moved)))
         self.networks.append(network)
-        # The even dimensions come first.
+        # It splits into halves, of which the first has our even dimensions.
         return nf.flows.AffineCouplingBlock(network, split_mode="channel" if layer.mask[0] else "channel_inv")
 
     def _reversal(self) -> nn.Module:
@@ -68,5 +68,5 @@ class Normflows(TorchPeer):
         return self.module.log_prob(data)
 
     def outputs(self, index: int, inputs: Tensor) -> Tensor:
-        found = ours_again(self.layers[index], self.networks[index], inputs.to(self.device)).cpu()
-        return found if self.architecture.family == "MAF" else found.unflatten(-1, (-1, 2)).mT.flatten(1)
+        outputs = in_our_order(self.layers[index], self.networks[index], inputs.to(self.device)).cpu()
+        return outputs if self.architecture.family == "MAF" else outputs.unflatten(-1, (-1, 2)).mT.flatten(1)

@@ -43,7 +43,7 @@ class Ours(TorchPeer):
         return self.distribution.log_prob(data)
 
     def fit_step(self, data: Tensor) -> None:
-        """A step of `fit`, as its loop takes it."""
+        """Take a step of the loop of `fit`."""
         if self._loop is None:
             prior, one, processes = FlowPrior(copy.deepcopy(self.flow)), Rows(data[:1], None), Processes()
             batches, schedule = Batches(one, 1, None, processes), Schedule(LEARNING_RATE, patience=1, weight_decay=1e-6)
@@ -58,7 +58,7 @@ class Ours(TorchPeer):
         return networks(self.flow)[index].run(inputs.to(self.device), None).cpu()
 
     def change_weights(self) -> None:
-        """What an optimizer step does to the weights, as the versions of parameters count it."""
+        """Update all weights in place, as an optimizer step does."""
         with torch.no_grad():
             for parameter in self.flow.parameters():
                 parameter.add_(1e-9)

@@ -1,4 +1,4 @@
-"""Pyro's own flows."""
+"""Pyro's flows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_maf.transforms import Coupling, MaskedAutoregressive, Stack
 
 
 class Pyro(TorchPeer):
-    """`AffineAutoregressive(...).inv` is a layer of a MAF: Pyro's own goes from noise to data in one pass."""
+    """`AffineAutoregressive(...).inv`, as Pyro's layer maps noise to data in one pass, and `AffineCoupling`."""
 
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
         super().__init__(architecture, flow, device)
@@ -51,7 +51,7 @@ class Pyro(TorchPeer):
         return T.AffineCoupling(kept, network)
 
     def _with_swaps(self, layers: list[T.AffineCoupling]) -> list[T.Transform]:
-        """The dimensions that a layer keeps come first, so between two layers the halves change places."""
+        """The layers with the halves swapped in between, since a layer's identity half comes first."""
         transforms: list[T.Transform] = []
         for layer in layers:
             places = torch.arange(self.architecture.dim, device=self.device)
@@ -75,7 +75,7 @@ class Pyro(TorchPeer):
         return self.distribution.log_prob(data)
 
     def outputs(self, index: int, inputs: Tensor) -> Tensor:
-        found = self.networks[index](inputs.to(self.device))
+        outputs = self.networks[index](inputs.to(self.device))
         if self.architecture.family == "MAF":
-            return torch.stack(found, -1).flatten(1).cpu()
-        return torch.cat(found, -1).cpu()
+            return torch.stack(outputs, -1).flatten(1).cpu()
+        return torch.cat(outputs, -1).cpu()

@@ -1,4 +1,4 @@
-"""Copying weights into modules of torch."""
+"""Copies of weights into torch modules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from parts.architecture import Linear
 
 
 def fill(layers: Iterable[nn.Module], linears: Sequence[Linear]) -> None:
-    """Copy weights, biases and masks into layers; those without weights are passed over.
+    """Copy weights, biases and masks into layers, skipping those without weights.
 
-    Everybody lays out the degrees of hidden units in another way. The masks go along with the weights, so that all run
-    the same network; how many of its weights are zero makes no difference to the time of a dense product.
+    Packages assign degrees to hidden units differently. With the masks copied too, all run the same network; the number
+    of zero weights does not affect the time of a dense product.
     """
     targets = [layer for layer in layers if hasattr(layer, "weight")]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""zuko: every layer takes data to noise, the first one next to the data."""
+"""zuko: layers map data to noise, and the first is next to the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro_maf.transforms import Stack
 
 
 class Zuko(TorchPeer):
-    """`zuko.flows.MAF`, `RealNVP` and `NSF`, whose orders and masks alternate as ours do."""
+    """`zuko.flows.MAF`, `RealNVP` and `NSF`, whose orders and masks alternate like ours."""
 
     families = ("MAF", "RealNVP", "NSF")
 
@@ -42,5 +42,5 @@ class Zuko(TorchPeer):
         return self.distribution.log_prob(data)
 
     def outputs(self, index: int, inputs: Tensor) -> Tensor:
-        found = self.hyper[index](inputs.to(self.device)).cpu()
-        return found if self.architecture.family == "MAF" else found.unflatten(-1, (-1, 2)).mT.flatten(1)
+        outputs = self.hyper[index](inputs.to(self.device)).cpu()
+        return outputs if self.architecture.family == "MAF" else outputs.unflatten(-1, (-1, 2)).mT.flatten(1)
