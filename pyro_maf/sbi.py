@@ -291,7 +291,11 @@ def _builder(
     """Builder of the density of its first argument, (rows, D), given the second, in the units of these simulations."""
     make = FLOWS[check_choice(who, "flow", flow, FLOWS)] if isinstance(flow, str) else flow
 
-    def build(values: Tensor, conditions: Tensor) -> FlowEstimator:
+    def build(values: Tensor, conditions: Tensor, **others: object) -> FlowEstimator:
+        if others:
+            raise TypeError(
+                f"{who} builds flows: NPE_A, which passes {', '.join(others)}, trains a mixture of its own."
+            )
         space, values = _space(who, support, values)
         loc, scale = moments_of(space.unconstrain(values)[0].cpu())
         shape = conditions.shape[1:]

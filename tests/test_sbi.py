@@ -199,6 +199,10 @@ def test_bad_arguments_are_refused() -> None:
         posterior_nn(**TINY)(theta, x[:, 0])
     with pytest.raises(TypeError, match="is a density, for sbi's NPE and NLE"):
         posterior_nn("maf", **TINY)(theta, x)([theta, x])
+    with pytest.raises(
+        TypeError, match="posterior_nn builds flows: NPE_A, which passes num_components, trains a mixture"
+    ):
+        posterior_nn(**TINY)(theta, x, num_components=10)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="as many inputs as conditions"):
         posterior_nn("maf", **TINY)(theta, x).log_prob(theta[:3], x[:4])
 

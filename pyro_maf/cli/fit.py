@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, cast, get_args
 import typer
 
 import pyro_maf
-from pyro_maf._core.files import CHECKPOINT, RECORD, REPORT, held, recover
+from pyro_maf._core.files import CHECKPOINT, RECORD, REPORT, held, recover, write_whole
 from pyro_maf._core.messages import MOST_LISTED, listed
 from pyro_maf.cli import INTERRUPTED
 from pyro_maf.cli.errors import CommandError, command_line, input_errors, say, warnings_as_lines
-from pyro_maf.cli.saved_model import Record, write_json
+from pyro_maf.cli.saved_model import Record
 from pyro_maf.cli.shared_options import TableOptions, TrainingOptions, flag, option, separated, source_and_array
 
 if TYPE_CHECKING:
@@ -319,7 +320,8 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
         test_log_likelihood=None if test is None else test.mean,
         test_standard_error=None if test is None else test.standard_error,
     )
-    write_json(folder / RECORD, dataclasses.asdict(record))
+    text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False)
+    write_whole(folder / RECORD, f"{text}\n".encode())
     report.write_report(folder / REPORT, result, held_out, command=command)
     if comparison is not None and (result.interrupted or not will_show(True)):  # else `fit` has shown them
         for line in (str(comparison), *comparison.warnings):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import typer
 
-from pyro_maf._core.files import MODEL, RECORD, recover, write_whole
+from pyro_maf._core.files import MODEL, RECORD, recover
 from pyro_maf._core.messages import shown
 from pyro_maf.cli.errors import CommandError, input_errors
 from pyro_maf.cli.shared_options import ModelPath, TextOptions
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyro_maf.distributions import ConditionalDensity, Density
     from pyro_maf.tables.layout import Layout
 
-__all__ = ["INFO_EXAMPLES", "Record", "SavedModel", "info", "read_model", "write_json"]
+__all__ = ["INFO_EXAMPLES", "Record", "SavedModel", "info", "read_model"]
 
 INFO_EXAMPLES = """**Examples**
 
@@ -152,11 +152,6 @@ def read_model(path: Path) -> SavedModel:
     with input_errors():
         density = _as_density(load(file), file).eval()
     return SavedModel(density, _read_record(file.with_name(RECORD)) if file.name == MODEL else ())
-
-
-def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON file atomically."""
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _read_record(path: Path) -> list[tuple[str, str]]:

@@ -107,10 +107,6 @@ class LogitPixels:
         r"""log |det dy/dx| in nats, (\*batch,), at logits y, (\*batch, D)."""
         return (F.softplus(y) + F.softplus(-y) + math.log1p(-2 * self.margin)).sum(-1)
 
-    def pixel_log_prob(self, log_prob: Tensor, y: Tensor) -> Tensor:
-        r"""Log-density of pixels in [0, 1]^D, in nats, from a model's `log_prob` of their logits y."""
-        return log_prob + self.log_jacobian(y)
-
     def bits_per_pixel(self, log_prob: Tensor, y: Tensor) -> Tensor:
         r"""Bits per pixel, (\*batch,): log2(levels) - log p(x) / (D log 2).
 
@@ -121,4 +117,4 @@ class LogitPixels:
             log_prob: The log-density of the logits, in nats, (\*batch,).
             y: The logits, (\*batch, D).
         """
-        return math.log2(self.levels) - self.pixel_log_prob(log_prob, y) / (y.shape[-1] * math.log(2))
+        return math.log2(self.levels) - (log_prob + self.log_jacobian(y)) / (y.shape[-1] * math.log(2))

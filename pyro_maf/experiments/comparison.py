@@ -224,14 +224,8 @@ def _by_name(names: Sequence[str], rows: Tensor) -> TableLike:
 def _fingerprint(data: Dataset, candidate: Candidate, options: Facts) -> Facts:
     """The facts that a stored score must share with the requested one."""
     digest = hashlib.sha256()
-    for part in (
-        data.train,
-        data.validation,
-        data.test,
-        data.train_context,
-        data.validation_context,
-        data.test_context,
-    ):
+    contexts = data.train_context, data.validation_context, data.test_context
+    for part in (data.train, data.validation, data.test, *contexts):
         digest.update(b"none" if part is None else part.contiguous().numpy().tobytes())
     facts = {"data": digest.hexdigest(), "candidate": dataclasses.asdict(candidate), "options": options}
     # As in JSON, where a tuple is a list.

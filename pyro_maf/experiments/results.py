@@ -15,10 +15,7 @@ from pyro_maf.experiments.models import Candidate
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Comparison", "Estimate", "Score", "as_json", "as_markdown", "as_table", "estimate", "lines"]
-
-Line: TypeAlias = dict[str, str | float | None]
-"""Results of a model by name."""
+__all__ = ["Comparison", "Estimate", "Score", "as_json", "as_markdown", "as_table", "estimate"]
 
 Published: TypeAlias = Mapping[str, float] | None
 """Published results by model, shown for comparison."""
@@ -126,44 +123,38 @@ class Comparison:
         return as_markdown(self)
 
 
-def lines(comparison: Comparison, published: Published = None) -> list[Line]:
-    """Return a flat record for each model, from which all forms of the table are built.
+def as_json(comparison: Comparison, published: Published = None) -> str:
+    """Format the comparison as JSON, with a flat record for each model.
 
     Log-likelihoods are in nats; `error` and similar entries are two standard errors; `behind` is the best model's mean
     gain per test row, paired by row.
     """
-    best = comparison.best
-    records = []
-    for score in comparison.scores:
-        record = _record(score, None if score is best or best is None else best.ahead_of(score))
-        if published is not None:
-            record["published"] = published.get(score.candidate.name)
-        records.append(record)
-    return records
-
-
-def _record(score: Score, behind: Estimate | None) -> Line:
-    bits = score.bits
-    record: Line = {"model": score.candidate.name, "test": score.test.mean, "error": score.test.error}
-    if bits is not None:
-        record |= {"bits_per_pixel": bits.mean, "bits_error": bits.error}
-    return record | {
-        "behind": None if behind is None else behind.mean,
-        "behind_error": None if behind is None else behind.error,
-        "validation": score.validation,
-        "hidden": score.candidate.widths,
-        "parameters": score.parameters,
-        "epochs": score.epochs,
-        "seconds": score.seconds,
-        "stop_reason": score.stop_reason,
-    }
-
-
-def as_json(comparison: Comparison, published: Published = None) -> str:
-    """Format the records as JSON."""
     about = {name: getattr(comparison, name) for name in ("data", "input_dim", "context_dim")}
     about["rows"] = dict(zip(("train", "validation", "test"), comparison.rows, strict=True))
-    about |= {"models": lines(comparison, published), "failed": comparison.failed, "missing": list(comparison.missing)}
+    best, models = comparison.best, []
+    for score in comparison.scores:
+        bits, behind = score.bits, None if best is None or score is best else best.ahead_of(score)
+        record: dict[str, str | float | None] = {
+            "model": score.candidate.name,
+            "test": score.test.mean,
+            "error": score.test.error,
+        }
+        if bits is not None:
+            record |= {"bits_per_pixel": bits.mean, "bits_error": bits.error}
+        record |= {
+            "behind": None if behind is None else behind.mean,
+            "behind_error": None if behind is None else behind.error,
+            "validation": score.validation,
+            "hidden": score.candidate.widths,
+            "parameters": score.parameters,
+            "epochs": score.epochs,
+            "seconds": score.seconds,
+            "stop_reason": score.stop_reason,
+        }
+        if published is not None:
+            record["published"] = published.get(score.candidate.name)
+        models.append(record)
+    about |= {"models": models, "failed": comparison.failed, "missing": list(comparison.missing)}
     return json.dumps(about, indent=1) + "\n"
 
 

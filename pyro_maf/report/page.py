@@ -8,7 +8,6 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
@@ -264,8 +263,7 @@ def _duration(seconds: float) -> str:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture for an HTML page.
 
     Attributes:
