@@ -1,4 +1,4 @@
-"""Small files in the formats of the published archive, for the tests of its loaders."""
+"""Writers of small files in the formats of the published archive, for tests of its loaders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyarrow import parquet
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 UCI_HEADER = "Time (seconds), CO conc (ppm), Ethylene conc (ppm), sensor readings (16 channels)"
 DISCRETE = (9, 10, 14, 18, 22, 25)
-"""Features of HEPMASS that take few values."""
+"""Features of HEPMASS with few distinct values."""
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -40,14 +40,14 @@ def write_miniboone(root: Path, rows: int = 150, columns: int = 43) -> np.ndarra
 
 
 def hepmass_rows(rows: int, columns: int, seed: int) -> np.ndarray:
-    """Class, 27 features of which six are discrete, and what more there is."""
+    """Rows of a class, 27 features of which six are discrete, and further columns."""
     random = np.random.RandomState(seed)
     table = random.normal(1, 2, size=(rows, columns))
     table[:, 0] = random.randint(2, size=rows)
     for feature in DISCRETE:
         table[:, 1 + feature] = random.randint(3, size=rows)
-    table[:5, 3] = table[:, 3].min() - 1  # the smallest value of a continuous feature, five times: few enough
-    table[5:30, 7] = table[:, 7].max() + 1  # a largest value may recur as often as it likes
+    table[:5, 3] = table[:, 3].min() - 1  # a continuous feature's minimum may recur five times
+    table[5:30, 7] = table[:, 7].max() + 1  # its maximum may recur any number of times
     table[:30, 0] = 1
     return table
 
@@ -72,7 +72,7 @@ def write_bsds300(root: Path, columns: int = 63) -> dict[str, np.ndarray]:
 
 
 def sensor_frame(rows: int = 400, groups: int = 8, seed: int = 6) -> pd.DataFrame:
-    """Time, Meth, Eth and 16 sensors in groups that go together; two of a group with opposite signs."""
+    """Time, Meth, Eth and 16 sensors in strongly correlated groups."""
     random = np.random.RandomState(seed)
     causes = random.gamma(2.0, size=(rows, groups)) * 100
     sensors = causes[:, np.arange(16) % groups] + random.normal(size=(rows, 16))
@@ -90,14 +90,14 @@ def write_gas_text(root: Path, rows: int = 400, groups: int = 8) -> pd.DataFrame
 
 
 def write_gas_parquet(root: Path, frame: pd.DataFrame | None = None) -> pd.DataFrame:
-    # In the archive the rows are a sample, so that pandas writes their labels as one more column.
+    # The archive's rows are a sample, so pandas writes their index as an additional column.
     frame = sensor_frame().sample(frac=0.5, random_state=0) if frame is None else frame
     parquet.write_table(pa.Table.from_pandas(frame), folder_of(root, "gas") / "ethylene_CO.parquet")
     return frame
 
 
 def mnist_images() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Levels (images, 28, 28) and labels; whole images of 0 and 255 among them."""
+    """Levels, (images, 28, 28), and labels; the first two images are all 0 and all 255."""
     random = np.random.RandomState(7)
     images = {}
     for part, size in (("train", 66), ("t10k", 13)):

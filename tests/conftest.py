@@ -1,4 +1,4 @@
-"""The device that tests run on, and how hypothesis draws."""
+"""Options and fixtures of all tests: the device, hypothesis's settings, and Pyro's global state."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Before anything imports Triton, which asks once: without a device its kernels are interpreted.
+# Triton reads this when it is imported; without a device its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Examples are drawn anew from the test's own code alone, so a run that passed passes again; compiling a first kernel or
-# a busy machine is no failure.
+# Examples depend only on the test's code, so results are reproducible. There is no deadline, since a first call may
+# compile a kernel.
 settings.register_profile(
     "pyro_maf",
     derandomize=True,
@@ -29,13 +29,13 @@ settings.load_profile("pyro_maf")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where tests that take a device run, by default cpu"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the tests that take one; default: cpu"
     )
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """The device of `--device`."""
+    """The device that `--device` selects."""
     name: str = request.config.getoption("--device")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("--device cuda: torch finds no CUDA device on this machine")
@@ -44,7 +44,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """Pyro without parameters, and a seed."""
+    """An empty parameter store and a fixed seed."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     yield

@@ -1,4 +1,4 @@
-"""What the tests of fitting share: data of a known density, small models, and a layer that misbehaves on demand."""
+"""Helpers for tests of fitting: data with a known density, small models, and a layer with a hook in each step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pyro_maf.transforms import MaskedAutoregressive
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
 QUICK: dict[str, Any] = {"batch_size": 50, "max_epochs": 3, "progress": False}
 SHARED = "ignore:fit found .* validation rows among the training rows"
-"""Filter of the warning of a test that takes some of its rows for validation too."""
+"""Warning filter for tests that validate on training rows."""
 GAUSSIAN = MultivariateNormal(
     torch.tensor([3.0, -2.0], dtype=torch.float64),
     scale_tril=torch.tensor([[1.0, 0.0], [1.2, 0.5]], dtype=torch.float64),
 )
-"""Its total correlation is 0.96 nats: what a fit has to gain on independent normals, which is where a flow starts."""
+"""A correlated normal with a total correlation of 0.96 nats, which a fit gains over a flow's independent start."""
 
 
 def since_torch(minor: int) -> pytest.MarkDecorator:
-    """Mark of a test of torch's compiler, which before version 2.`minor` cannot trace the test's program whole."""
+    """Mark that skips a test of torch's compiler before torch 2.`minor`, which cannot trace the program as a whole."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     return pytest.mark.skipif(version < (2, minor), reason=f"torch before 2.{minor} does not trace it whole")
 
@@ -61,7 +61,7 @@ def mean_log_prob(density: Any, rows: Tensor) -> float:
 
 
 def long_fit(folder: Path | str) -> FitResult:
-    """A fit of some seconds, which goes on where it was; the same in any process, so by one thread."""
+    """A fit of several seconds that resumes; it uses one thread, so that results are equal in any process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,7 +73,7 @@ def long_fit(folder: Path | str) -> FitResult:
 
 
 class Hooked(MaskedAutoregressive):
-    """A layer that does something of the test's choosing at each training step."""
+    """A layer that calls a function at each training step."""
 
     def __init__(self, at_step: Callable[[int, Tensor], Tensor]) -> None:
         super().__init__(2, hidden_dims=[8])

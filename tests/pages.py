@@ -1,4 +1,4 @@
-"""The examples of a page in Markdown: what they run, and what they say comes of it."""
+"""Code examples of a Markdown page, and the output that the page shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRINTED = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
 
 
 def sections(page: Path) -> dict[str, str]:
-    """The code of each section of a page by its heading, on the lines where it stands in the file."""
+    """The code of each section of a page, by heading, with the line numbers of the file."""
     text = page.read_text(encoding="utf-8")
     found: dict[str, str] = {}
     heading = ""
@@ -27,7 +27,7 @@ def sections(page: Path) -> dict[str, str]:
 
 
 def whole(page: Path) -> str:
-    """All the code of a page, on the lines where it stands in the file."""
+    """All code of a page, with the line numbers of the file."""
     text = page.read_text(encoding="utf-8")
     code = ""
     for match in HEADING_OR_BLOCK.finditer(text):
@@ -42,7 +42,7 @@ def _on_its_line(before: str, match: re.Match[str], text: str) -> str:
 
 
 def run(code: str, page: Path, names: dict[str, Any] | None = None) -> list[str]:
-    """The lines that code from a page prints; it begins with `names`, and its own are added to them."""
+    """Run code of a page and return the lines that it prints; `names`, its namespace, is updated."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         exec(compile(code, str(page), "exec"), {"__name__": page.stem} if names is None else names)
@@ -50,5 +50,5 @@ def run(code: str, page: Path, names: dict[str, Any] | None = None) -> list[str]
 
 
 def promised(code: str) -> list[str]:
-    """The lines that code from a page says it prints."""
+    """The lines that code of a page should print, by its comments."""
     return PRINTED.findall(code)

@@ -1,4 +1,4 @@
-"""Models whose posterior is known exactly, and what tests of guides ask of draws."""
+"""Models with exactly known posteriors, and helpers for tests of guides."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SMALL: dict[str, Any] = {"num_layers": 1, "hidden_dims": [8]}
 
 
 class Known(NamedTuple):
-    """A model of one latent vector `z`, and its normal posterior."""
+    """A model of a latent vector `z`, and its normal posterior."""
 
     model: Callable[..., Any]
     mean: Tensor
     covariance: Tensor
 
     def distance(self, loc: Tensor, scale_tril: Tensor) -> float:
-        """Kullback-Leibler divergence of a normal from the posterior, in nats."""
+        """Kullback-Leibler divergence from a normal to the posterior, in nats."""
         normal = torch.distributions.MultivariateNormal(loc.double(), scale_tril=scale_tril.double())
         exact = torch.distributions.MultivariateNormal(self.mean.double(), self.covariance.double())
         return float(torch.distributions.kl_divergence(normal, exact))
 
 
 def regression(*, units: tuple[float, ...] = (1.0, 1.0, 1.0), dtype: torch.dtype = torch.float64) -> Known:
-    """A linear regression with correlated predictors in given units: a normal posterior."""
+    """A linear regression with correlated predictors in these units, which has a normal posterior."""
     generator = torch.Generator().manual_seed(1)
     predictors = torch.randn(20, len(units), generator=generator, dtype=torch.float64)
     predictors[:, 1:] += predictors[:, :1]
@@ -55,18 +55,18 @@ def regression(*, units: tuple[float, ...] = (1.0, 1.0, 1.0), dtype: torch.dtype
 
 COUNTS = torch.tensor([3.0, 5.0, 2.0, 6.0])
 GAMMA = torch.distributions.Gamma(2 + COUNTS.sum(), 1.0 + len(COUNTS))
-"""The posterior of the rate of `counting`."""
+"""Posterior of the rate of `counting`."""
 
 
 def counting() -> None:
-    """Poisson counts with a gamma prior of their rate: a gamma posterior."""
+    """Poisson counts with a gamma prior on the rate, which have a gamma posterior."""
     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
     with pyro.plate("rows", len(COUNTS)):
         pyro.sample("y", dist.Poisson(rate), obs=COUNTS)
 
 
 def normal_of(guide: Any) -> tuple[Tensor, Tensor]:
-    """Location and factor of the normal that a guide with a linear map is."""
+    """Location and scale factor of a guide with a linear map, which is a normal."""
     like = next(guide.parameters())
     with torch.no_grad():
         loc = guide.transform(like.new_zeros(guide.latent_dim))
@@ -75,20 +75,20 @@ def normal_of(guide: Any) -> tuple[Tensor, Tensor]:
 
 
 def steps(objective: Any, model: Callable[..., Any], guide: Any, count: int, *args: Any, **kwargs: Any) -> list[float]:
-    """The losses of some steps of Pyro's own inference."""
+    """Losses of `count` steps of Pyro's SVI."""
     svi = pyro.infer.SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.01}), objective)
     return [svi.step(*args, **kwargs) for _ in range(count)]
 
 
 def bound(model: Callable[..., Any], guide: Any) -> float:
-    """The evidence lower bound in nats, from many draws of one seed."""
+    """Evidence lower bound in nats, from 1,000 draws with a fixed seed."""
     pyro.set_rng_seed(1)
     with torch.no_grad():
         return -pyro.infer.Trace_ELBO(num_particles=1000, vectorize_particles=True).loss(model, guide)
 
 
 def drawn(guide: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """A draw of a guide in Pyro's way: the value of each site, and the log-density of the whole trace."""
+    """A draw of a guide by tracing: the value of each site, and the log-density of the trace."""
     trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)
     sites = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
     return {name: value for name, value in sites.items() if not name.startswith("_")}, trace.log_prob_sum()
@@ -100,5 +100,5 @@ def weights(guide: Any) -> dict[str, Tensor]:
 
 
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of named tensors are equal to the last bit."""
+    """Whether two dictionaries of tensors are exactly equal."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

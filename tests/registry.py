@@ -1,4 +1,4 @@
-"""Every transform, one line each. Whatever stands here is held to every law in `test_contract.py`."""
+"""Registry of all transforms. `test_contract.py` tests every law for every entry."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pyro_maf.univariate import Spline
 
 @dataclass(frozen=True)
 class Architecture:
-    """What hypothesis draws: sizes, orders, depth, seed."""
+    """Sizes, order, depth and seed of a transform, as drawn by hypothesis."""
 
     input_dim: int
     context_dim: int
@@ -73,7 +73,7 @@ class Architecture:
 
 @st.composite
 def architectures(draw: Any, largest: int = 12) -> Architecture:
-    """Dimensions 1 to `largest`, 1 to 4 layers, networks of none to three hidden layers of 1 to 64 units."""
+    """Architectures with 1 to `largest` dimensions, 1 to 4 layers and up to three hidden layers of 1 to 64 units."""
     return Architecture(
         input_dim=draw(st.integers(1, largest)),
         context_dim=draw(st.integers(1, 3)),
@@ -86,7 +86,7 @@ def architectures(draw: Any, largest: int = 12) -> Architecture:
 
 
 def of_rank(rank: int, flow: Any) -> Any:
-    """A flow with outputs of this rank, as wide ones have."""
+    """Set the rank of all output layers, as wide flows have it."""
     for network in flow.modules():
         if isinstance(network, MADE):
             network.set_rank(rank)
@@ -132,7 +132,7 @@ REGISTRY: dict[str, Builder] = {
     "NSF": lambda a: NSF(a.input_dim, linear=True, **a.stack),
     "IAF spline": lambda a: IAF(a.input_dim, univariate="spline", **a.stack),
     "RealNVP spline": lambda a: RealNVP(a.input_dim, univariate="spline", **a.stack),
-    "Stack": lambda a: transforms.Stack(  # of at most four layers, as all others: float32 inverts no more to 1e-4
+    "Stack": lambda a: transforms.Stack(  # at most four layers, like all others: float32 does not invert more to 1e-4
         [
             MAF(a.input_dim, **{**a.stack, "num_layers": (a.num_layers + 1) // 2}),
             transforms.Permute(a.permutation),
@@ -175,7 +175,7 @@ REGISTRY: dict[str, Builder] = {
 
 
 def build(name: str, a: Architecture, dtype: torch.dtype, device: str, gain: float = 1.0) -> Flow | ConditionalFlow:
-    """The transform in eval mode, its parameters and statistics drawn at random: a stand-in for a trained one."""
+    """The transform in eval mode with random parameters and statistics, like a trained one."""
     torch.manual_seed(a.seed)
     flow = shaken(REGISTRY[name](a).to(device=device, dtype=dtype).eval(), gain)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Fits for one process or several: `python several_fits.py FOLDER DEVICES`, also by torchrun.
+"""Fits in one process or several: `python several_fits.py FOLDER DEVICES`, also by torchrun.
 
-Each says on a line of its own what its process came to.
+Each process prints a line for each fit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 class Idle(MAF):
-    """A flow with a weight that plays no part."""
+    """A flow with an unused parameter."""
 
     def __init__(self) -> None:
         super().__init__(3, **SHAPE)
@@ -40,31 +40,31 @@ class Idle(MAF):
 
 
 def say(what: object) -> None:
-    """Write what came of something in this process."""
+    """Print a line with the rank of this process."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    # In one piece: several write at once.
+    # A single write, since processes print concurrently.
     sys.stdout.write(f"rank {rank} {what}\n")
     sys.stdout.flush()
 
 
 def fit_all(folder: str, kinds: list[str], devices: int) -> None:
-    """Fit models of the named kinds, each in a folder of its own."""
+    """Fit models of the named kinds, each in its own folder."""
     torch.manual_seed(0)
     for kind in kinds:
         context, data = (ROWS[:, :1], ROWS[:, 1:]) if kind == "conditional" else (None, ROWS)
-        known: dict[str, Any] = {"context": context, "folder": f"{folder}/{kind}", "resume": True, "devices": devices}
-        known["weights"] = WEIGHTS if kind == "weighted" else None
-        result = fit(MODELS[kind]().double(), data, **known, **OPTIONS)
-        # Every process finds the model there.
+        where: dict[str, Any] = {"context": context, "folder": f"{folder}/{kind}", "resume": True, "devices": devices}
+        where["weights"] = WEIGHTS if kind == "weighted" else None
+        result = fit(MODELS[kind]().double(), data, **where, **OPTIONS)
+        # Every process can read the model as soon as `fit` returns.
         pyro_maf.load(f"{folder}/{kind}/model.safetensors")
         say(f"{kind}: {result.validation_loss} {normalization._over_processes}")
 
 
-def try_what_is_refused(folder: str) -> None:
-    """Fit what several processes cannot, and say why not."""
-    own = f"{folder}/{'maf' if os.environ['RANK'] == '0' else 'elsewhere'}"
+def try_unsupported_fits(folder: str) -> None:
+    """Try fits that several processes do not support, and print their errors."""
+    other_folder = f"{folder}/{'maf' if os.environ['RANK'] == '0' else 'elsewhere'}"
     cases: list[tuple[Any, dict[str, Any]]] = [
-        (MODELS["maf"]().double(), {"folder": own, "resume": True, "max_epochs": 4}),
+        (MODELS["maf"]().double(), {"folder": other_folder, "resume": True, "max_epochs": 4}),
         (MODELS["maf"]().double(), {"batch_size": 1}),
         (Idle().double(), {}),
     ]
@@ -79,4 +79,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     fit_all(sys.argv[1], list(MODELS) if sys.argv[2] == "1" else ["maf"], int(sys.argv[2]))
     if "RANK" in os.environ:
-        try_what_is_refused(sys.argv[1])
+        try_unsupported_fits(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Columns of angles: a density that is periodic and integrates to 1 over a turn, in front of a flow."""
+"""Columns of angles: densities are periodic and integrate to 1 over a turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDS = pytest.mark.filterwarnings("ignore:fit (reached max_epochs|has its best e
 
 
 def winds(rows: int = 600) -> Tensor:
-    """Directions in degrees around north, 0 and 360 alike, a speed that depends on them, and a direction aloft."""
+    """Directions in degrees around north, where 0 equals 360, speeds that depend on them, and directions aloft."""
     generator = torch.Generator().manual_seed(0)
     direction = torch.remainder(40 * torch.randn(rows, generator=generator), 360)
     speed = 5 + 3 * (direction * math.pi / 180).cos() + 0.3 * torch.randn(rows, generator=generator)
@@ -75,7 +75,7 @@ def test_the_density_is_periodic_and_integrates_to_one(flow: bool) -> None:
     for column in made.angles:
         turned = some + TURN * torch.nn.functional.one_hot(torch.tensor(column), made.input_dim).double()
         torch.testing.assert_close(made.log_prob(turned), made.log_prob(some))
-    # Smooth where a turn ends: a cut would be a jump of value or slope.
+    # Smooth where a turn ends, without a jump in value or slope.
     ends = torch.zeros(2, made.input_dim, dtype=torch.float64)
     ends[:, 0] = torch.tensor([-math.pi + 1e-9, math.pi - 1e-9])
     ends.requires_grad_()
@@ -107,7 +107,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 @ENDS
-def test_a_fit_learns_what_goes_around_the_circle(tmp_path: Path) -> None:
+def test_a_fit_learns_a_distribution_across_zero_degrees(tmp_path: Path) -> None:
     frame = pd.DataFrame(winds().double().numpy(), columns=["direction", "speed", "aloft"])
     support = {"direction": "angle(0, 360)", "aloft": "angle(0, 360)"}
     result = fit(frame, support=support, max_epochs=30, progress=False, seed=1)
@@ -122,7 +122,7 @@ def test_a_fit_learns_what_goes_around_the_circle(tmp_path: Path) -> None:
     assert abs(scores[0] - scores[1]) < 1e-3
     assert torch.allclose(scores[0], scores[3], atol=1e-3)
     assert scores[1] > scores[2] + 3
-    # The truth: a wrapped normal of 40 and of 10 degrees, and a normal speed.
+    # The exact distribution: wrapped normals of 40 and 10 degrees, and a normal speed.
     truth = -math.log(40 * 10 * 0.3) - 1.5 * math.log(TURN * math.e)
     assert result.score(frame).mean() > truth - 0.4
     result.density.save(tmp_path / "winds.safetensors")

@@ -1,4 +1,4 @@
-"""The paper's sets: that each is prepared by the paper's rules, calculated here in another way."""
+"""The paper's data sets: their preparation, against independent implementations of the paper's rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIMENSIONS = {"power": 6, "gas": 8, "hepmass": 21, "miniboone": 43, "bsds300": 6
 
 
 def close(actual: Tensor, expected: Any) -> None:
-    """To the rounding of float32."""
+    """Whether two arrays are equal up to rounding in float32."""
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), torch.from_numpy(np.array(expected, dtype=float)), rtol=1e-6, atol=1e-6)
 
@@ -32,13 +32,13 @@ def whole(data: Dataset) -> Tensor:
     return torch.cat([data.train, data.validation, data.test])
 
 
-# -- preparation ------------------------------------------------------------------------------------------------------
+# -- preparation -------------------------------------------------------------------------------------------------------
 
 
 def test_power_is_shuffled_thinned_out_untied_and_standardised_in_the_published_order(tmp_path: Path) -> None:
     table = archives.write_power(tmp_path)
     random = np.random.RandomState(42)
-    random.shuffle(table)  # in place, where the loader takes a permutation
+    random.shuffle(table)  # in place, while the loader uses a permutation
     voltage, active, metering = random.rand(200, 1) * 0.01, random.rand(200, 1) * 0.001, random.rand(200, 3)
     frame = pd.DataFrame(table).drop(columns=[1, 3])
     frame = frame + np.hstack([active, voltage, metering, np.zeros((200, 1))])
@@ -90,7 +90,7 @@ def test_bsds300_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def uncorrelated(sensors: pd.DataFrame) -> pd.DataFrame:
-    """The frame when, again and again, the first column with a correlation above 0.98 has been dropped."""
+    """The frame after repeatedly dropping the first column with a correlation above 0.98."""
     for name in sensors:
         others = [sensors[name].corr(sensors[other]) for other in sensors if other != name]
         if max(others) > 0.98:
@@ -195,7 +195,7 @@ def test_pixels_carry_densities_back_with_the_jacobian_of_autograd(tmp_path: Pat
     torch.testing.assert_close(data.pixels.bits_per_pixel(log_prob, y), bits)
 
 
-# -- the registry -----------------------------------------------------------------------------------------------------
+# -- the registry ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHIVE)

@@ -1,4 +1,4 @@
-"""Files of the archive that are missing, damaged, foreign or not what they should be: each is refused."""
+"""Archive files that are missing, damaged, of another format or of wrong content are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ every_file = pytest.mark.parametrize(("name", "file", "write"), WRITTEN, ids=[fi
 
 
 def refusal(name: str, root: Path, error: type[Exception] = ValueError) -> str:
-    """What the loader says; it must fit one line."""
+    """The loader's error message, which must be one line."""
     with pytest.raises(error) as caught:
         ARCHIVE[name](root)
     message = str(caught.value)
@@ -265,7 +265,7 @@ def test_content_that_does_not_fit_is_refused_in_words(
 
 
 @pytest.mark.parametrize(("name", "file"), [("gas", "gas/ethylene_CO.txt"), ("hepmass", "hepmass/1000_test.csv")])
-def test_a_table_without_its_header_is_refused_lest_a_row_is_lost(tmp_path: Path, name: str, file: str) -> None:
+def test_a_table_without_its_header_is_refused(tmp_path: Path, name: str, file: str) -> None:
     WRITERS[name](tmp_path)
     header, rest = (tmp_path / file).read_text(encoding="utf-8").split("\n", 1)
     assert header
@@ -273,7 +273,7 @@ def test_a_table_without_its_header_is_refused_lest_a_row_is_lost(tmp_path: Path
     assert "its first line holds no names of columns" in refusal(name, tmp_path)
 
 
-def test_a_pickle_alone_is_no_file_of_a_set_and_is_not_opened(tmp_path: Path) -> None:
+def test_a_pickle_is_neither_accepted_nor_opened(tmp_path: Path) -> None:
     (archives.folder_of(tmp_path, "gas") / "ethylene_CO.pickle").write_bytes(b"any code")
     message = refusal("gas", tmp_path, FileNotFoundError)
     assert "pandas.read_pickle(PICKLE).to_parquet(PARQUET)" in message

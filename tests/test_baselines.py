@@ -1,4 +1,4 @@
-"""What a flow gains over simple densities of the same rows: in the same units, and said if it is nothing."""
+"""Gain of a flow over simple densities of the same rows, in the same units, and a warning if there is none."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_baselines_are_those_of_closed_form_and_of_scikit_learn() -> None:
     assert means["KDE"] == pytest.approx(best, abs=0.02)
 
 
-def test_a_flow_that_is_behind_is_said_to_be() -> None:
+def test_a_flow_that_is_behind_is_warned_of() -> None:
     result = fit(maf(), clusters(), **NOTHING)
     comparison, means = compared(result)
     (line,) = comparison.warnings
@@ -92,7 +92,7 @@ def test_counts_and_categories_have_probabilities_in_all_of_them() -> None:
     frame = pd.DataFrame({"n": count, "kind": kind.to_numpy()})
     result = fit(frame, max_epochs=5, progress=False)
     comparison, means = compared(result)
-    # Entropy of the distribution of the rows: no density of them is ahead by more than chance.
+    # The negative entropy bounds the score of any density, up to chance.
     poisson = torch.distributions.Poisson(4.0)
     truth = float(poisson.log_prob(torch.from_numpy(count)).mean()) - math.log(3)
     assert comparison.mean == pytest.approx(truth, abs=0.2)

@@ -1,4 +1,4 @@
-"""Why a model cannot be run for many draws at once: the site where it shows, its shape, and the expected one."""
+"""Explanations why a model cannot be vectorised over draws: the site, its shape, and the expected shape."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def branching() -> None:
 
 
 class Linear(PyroModule[torch.nn.Module]):  # type: ignore[misc]
-    """A layer with a prior, which takes the weights of one draw alone, before the rows' plate is entered."""
+    """A Bayesian layer that supports the weights of a single draw only, outside the rows' plate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ SLOW: dict[str, tuple[Callable[[], None], str]] = {
 @pytest.mark.parametrize("make", [AutoIAF, AutoNormal])
 @pytest.mark.parametrize(("model", "expected"), SLOW.values(), ids=SLOW)
 def test_the_site_is_named_with_its_shape(make: Any, model: Any, expected: str) -> None:
-    # The trial is no part of the start, which of a model that takes one draw at a time takes seconds.
+    # Without the start, which takes seconds for a model that takes one draw at a time.
     guide = make(model, **(SMALL | {"init_scale": 0.1} if make is AutoIAF else {}))
     call = Call(model)
     drawn = call.of(guide).trace()

@@ -1,4 +1,4 @@
-"""The benchmarks: they run, on a tiny size, and their arithmetic is right."""
+"""The benchmarks run at a tiny size, their arithmetic is right, and documented figures are those of stored results."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def parts(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a benchmark as its command would, in this process, and return what it printed."""
+    """Run a benchmark's command in this process and return its output."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def run(name, *arguments):
         threads = torch.get_num_threads()
         with warnings.catch_warnings(), pyro.validation_enabled(True):
-            warnings.simplefilter("ignore")  # of peers
+            warnings.simplefilter("ignore")  # peers may warn
             try:
                 import_module(name).main([str(argument) for argument in arguments])
             finally:
@@ -47,7 +47,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def posteriors(tmp_path):
-    """A folder with one posterior whose model is known, and one whose model is not."""
+    """A folder with two posteriors, one of them without a model of its name."""
     rng = np.random.default_rng(0)
     names = [*(f"theta[{school}]" for school in range(1, 9)), "mu", "tau"]
     draws = rng.normal(4, 5, (400, 10))
@@ -61,8 +61,8 @@ def posteriors(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(run, monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the processes that measure
+def test_a_quick_run_measures_every_task_and_writes_results_table_and_plot(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the measuring processes
     run("directions", "--quick", "--peers", "zuko", "--out", tmp_path)
     results = json.loads((tmp_path / "directions.json").read_text())
     splines = {"spline_log_prob", "spline_train", "spline_sample"}
@@ -70,9 +70,9 @@ def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(ru
     assert {cell["task"] for cell in results["cells"]} == tasks | splines | {"guide"}
     for cell in results["cells"]:
         affine = {"affine"} if cell["task"] in splines else set()
-        peers = set() if cell["task"] == "guide" else {"zuko"}  # which has no IAF
+        peers = set() if cell["task"] == "guide" else {"zuko"}  # zuko has no IAF
         assert cell["times"].keys() == {"pyro-maf", "dense pass"} | peers | affine
-        assert all(0 < own["minimum"] <= own["median"] < math.inf for own in cell["times"].values())
+        assert all(0 < times["minimum"] <= times["median"] < math.inf for times in cell["times"].values())
     assert results["updates"][0]["ratio"] > 0
     assert results["memory"]["bytes"].keys() == {"pyro-maf", "D passes", "zuko"}
     assert "zuko" in (tmp_path / "directions.md").read_text()
@@ -97,7 +97,7 @@ def test_posteriors_of_simulators_are_estimated_and_compared(run, tmp_path):
     assert (cell["task"], cell["simulations"], cell["seed"]) == ("two moons", 200, 0)
     assert figures.keys() == {"pyro-maf maf", "sbi nsf"}
     assert figures["sbi nsf"]["gain"] == 0
-    assert all(0.4 < value <= 1 for own in figures.values() for value in own["c2st"])
+    assert all(0.4 < value <= 1 for estimator in figures.values() for value in estimator["c2st"])
     assert "**two moons** (2 parameters, 200 simulations, seed 0)" in (tmp_path / "simulators.md").read_text()
     assert (tmp_path / "simulators.png").stat().st_size > 0
 
@@ -110,7 +110,7 @@ def test_the_default_of_fit_is_compared_on_small_tables(run, tmp_path):
     assert "| normal, 30 x 3 |" in (tmp_path / "fitting.md").read_text()
 
 
-def test_figures_of_the_first_page_are_those_of_the_stored_runs():
+def test_figures_in_the_readme_are_those_of_the_stored_results():
     page = " ".join((ROOT / "README.md").read_text().split())
     results = BENCHMARKS / "results"
     wanted = {"task": "sample", "threads": 1, "D": 63, "layers": 1, "batch": 1000}
@@ -124,11 +124,11 @@ def test_figures_of_the_first_page_are_those_of_the_stored_runs():
     assert f"| {times['pyro-maf']['over_dense']:.2f} | {min(passes):.0f} to {max(passes):.0f} |" in page
     schools = (results / "guides.md").read_text().partition("**eight_schools_centered**")[2].partition("\n**")[0]
     c2st = {line.split(" | ")[0]: line.split(" | ")[1] for line in schools.splitlines() if line.startswith("| Auto")}
-    theirs = [c2st[f"| Auto{name}"] for name in ("Normal", "MultivariateNormal", "IAFNormal", "NormalizingFlow")]
-    assert f"| {c2st['| AutoIAF, fit_guide']} | {min(theirs)} to {max(theirs)}, Pyro's guides |" in page
+    pyros = [c2st[f"| Auto{name}"] for name in ("Normal", "MultivariateNormal", "IAFNormal", "NormalizingFlow")]
+    assert f"| {c2st['| AutoIAF, fit_guide']} | {min(pyros)} to {max(pyros)}, Pyro's guides |" in page
 
 
-def test_the_page_on_fits_has_the_table_of_the_stored_run():
+def test_the_page_on_measurements_has_the_table_of_the_stored_results():
     *_, table = (BENCHMARKS / "results" / "fitting.md").read_text().strip().split("\n\n")
     assert table in (ROOT / "docs" / "measurements.md").read_text()
 
@@ -163,12 +163,12 @@ def test_exact_posteriors_rank_the_truth_uniformly(name, monkeypatch):
     torch.manual_seed(1)
     pairs = zip(theta, x.split(1), strict=True)
     ranks = torch.stack([(task.reference(at, 20) < truth).float().mean(0) for truth, at in pairs])
-    # Chance breaks one of nine such bounds in a thousand runs.
+    # By chance, one of the nine tests fails in a thousand seeds.
     assert all(kstest(rank, "uniform").pvalue > 1e-4 for rank in ranks.T.numpy())
 
 
 @pytest.mark.slow
-def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(run, posteriors, monkeypatch, tmp_path):
+def test_guides_are_fitted_measured_and_plotted_for_posteriors_with_a_model(run, posteriors, monkeypatch, tmp_path):
     for place, size in (("parts.accuracy.COMPARED", 100), ("parts.guides.DIAGNOSED", 1_000)):
         monkeypatch.setattr(place, size)
     monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
@@ -178,21 +178,21 @@ def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(run, post
     printed = run("guides", posteriors, "--guides", *names, *options)
     assert "another.npz is skipped" in printed
     assert "AutoIAFNormal" in printed
-    found = json.loads((out / "guides.json").read_text())["posteriors"]["eight_schools_centered"]
-    assert list(found["guides"]) == names
-    for name, fits in found["guides"].items():
-        own = fits["0"]
-        assert own["steps"] == (3 * 16 if name == "NUTS" else 3)
-        assert 0.4 < own["c2st"] <= 1
+    section = json.loads((out / "guides.json").read_text())["posteriors"]["eight_schools_centered"]
+    assert list(section["guides"]) == names
+    for name, fits in section["guides"].items():
+        fit = fits["0"]
+        assert fit["steps"] == (3 * 16 if name == "NUTS" else 3)
+        assert 0.4 < fit["c2st"] <= 1
         if name != "NUTS":
-            assert all(math.isfinite(own[figure]) for figure in ("err", "elbo", "elbo_se", "quantile_error"))
-    for objectives in found["gradients"].values():
-        assert all(own["variance"] > 0 and own["ms"] > 0 for own in objectives.values())
-    assert found["step_ms"].keys() == {"AutoIAF", "AutoIAFNormal"}
+            assert all(math.isfinite(fit[figure]) for figure in ("err", "elbo", "elbo_se", "quantile_error"))
+    for objectives in section["gradients"].values():
+        assert all(figures["variance"] > 0 and figures["ms"] > 0 for figures in objectives.values())
+    assert section["step_ms"].keys() == {"AutoIAF", "AutoIAFNormal"}
     assert (out / "guides.png").stat().st_size > 0
 
 
-def test_tables_of_guides_say_when_a_chain_is_as_accurate_as_a_fit(monkeypatch):
+def test_tables_of_guides_report_when_a_chain_reaches_the_accuracy_of_a_fit(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts.standings_of_guides import CHAIN, FITTED, as_accurate
 
@@ -206,7 +206,7 @@ def test_tables_of_guides_say_when_a_chain_is_as_accurate_as_a_fit(monkeypatch):
     assert as_accurate({FITTED: fits}) == []
 
 
-def test_results_of_guides_are_merged_and_what_is_there_is_not_fitted_again(monkeypatch, tmp_path):
+def test_results_of_guides_are_merged_and_fits_are_not_repeated(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import guides
     from parts import accuracy
@@ -216,12 +216,12 @@ def test_results_of_guides_are_merged_and_what_is_there_is_not_fitted_again(monk
     guides.main(["--targets", "counts", *options])
     first = json.loads((tmp_path / "guides.json").read_text())["posteriors"]["counts"]
     guides.main(["--targets", "counts", "uniform", "--seeds", "0", "1", *options])
-    found = json.loads((tmp_path / "guides.json").read_text())["posteriors"]
-    assert found["counts"]["guides"]["AutoNormal"]["0"] == first["guides"]["AutoNormal"]["0"]
-    assert [list(each["guides"]["AutoNormal"]) for each in found.values()] == [["0", "1"], ["0", "1"]]
+    merged = json.loads((tmp_path / "guides.json").read_text())["posteriors"]
+    assert merged["counts"]["guides"]["AutoNormal"]["0"] == first["guides"]["AutoNormal"]["0"]
+    assert [list(each["guides"]["AutoNormal"]) for each in merged.values()] == [["0", "1"], ["0", "1"]]
 
 
-def test_a_population_of_chains_has_the_draws_of_two_modes(monkeypatch):
+def test_a_population_of_chains_samples_two_modes_in_proportion(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts import dynamics
 
@@ -237,11 +237,11 @@ def test_a_population_of_chains_has_the_draws_of_two_modes(monkeypatch):
     assert abs(logs[:, 1].std() - 1) < 0.1
 
 
-def test_toys_of_a_grid_have_the_draws_of_their_density(monkeypatch):
+def test_draws_of_tabulated_and_other_toys_follow_their_density(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts.toys import TOYS
 
-    gamma = TOYS["counts"]()  # counts 0, 2, 1, 0 and a Gamma(2, 1) prior: Gamma(5, 5)
+    gamma = TOYS["counts"]()  # counts 0, 2, 1, 0 and a Gamma(2, 1) prior have the posterior Gamma(5, 5)
     assert gamma.draws.mean() == pytest.approx(1, abs=0.02)
     assert gamma.draws.var() == pytest.approx(0.2, rel=0.05)
     modes = TOYS["four_modes"]().draws
@@ -252,7 +252,7 @@ def test_toys_of_a_grid_have_the_draws_of_their_density(monkeypatch):
 
 @pytest.fixture
 def sets_of_data(tmp_path):
-    """A folder with a table in three parts, and one with images and labels."""
+    """A folder with a table in three parts, and a data set of images with labels."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(240, 3)).astype(np.float32)
     rows[:, 1] += rows[:, 0] ** 2
@@ -265,7 +265,7 @@ def sets_of_data(tmp_path):
     return folder
 
 
-def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(run, sets_of_data, tmp_path):
+def test_the_papers_models_are_compared_with_peers_and_conditioned_on_a_class(run, sets_of_data, tmp_path):
     options = ["--quick", "--steps", "2", "--depths", "1", "--peers", "zuko", "--figure-one", "--speed"]
     options += ["--models", "Gaussian", "MADE", "MAF (5)", "--fits", tmp_path / "fits", "--out", tmp_path / "results"]
     printed = run("paper", sets_of_data, *options)
@@ -299,7 +299,7 @@ def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(run, se
     assert (tmp_path / "results" / "paper.md").read_text() in printed
 
 
-def test_fits_of_the_papers_models_are_kept_and_read_back(monkeypatch, tmp_path):
+def test_fits_of_the_papers_models_are_stored_and_read_back(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts import contest
 
@@ -316,7 +316,7 @@ def test_fits_of_the_papers_models_are_kept_and_read_back(monkeypatch, tmp_path)
     assert again == first
 
 
-def test_the_default_is_compared_with_recipes_for_as_long_and_with_simple_densities(monkeypatch, tmp_path):
+def test_the_default_is_compared_with_recipes_for_the_same_time_and_with_simple_densities(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts import contest, standings
 
@@ -325,22 +325,22 @@ def test_the_default_is_compared_with_recipes_for_as_long_and_with_simple_densit
     data = FigureOne().dataset(train=200, validation=50, test=50)
     recipes = ("zuko",)
     plan = contest.Plan((contest.DEFAULT,), (), epochs=1, rate=1e-3, folder=tmp_path, recipes=recipes, seeds=2)
-    *_, found = contest.run(data, plan)
-    (line,) = found["against_peers"]
+    *_, section = contest.run(data, plan)
+    (line,) = section["against_peers"]
     assert list(line["ahead"]) == ["mixture of Gaussians", "kernel density", *recipes]
     assert all(line["seconds"][who] >= line["seconds"]["pyro-maf"] for who in recipes)
-    tried = [each for each in found["tried"] if each["who"] == "zuko"]
+    tried = [each for each in section["tried"] if each["who"] == "zuko"]
     assert [each["seed"] for each in tried] == [0, 1]
     assert line["test"]["zuko"]["mean"] == pytest.approx(sum(each["mean"] for each in tried) / 2, abs=1e-6)
-    # Its sign is the clock's: zuko's recipe has the seconds that our fit took.
+    # The sign depends on the machine, since zuko's recipe has the seconds that our fit took.
     means = [line["test"][who]["mean"] for who in ("pyro-maf", "zuko")]
     assert line["ahead"]["zuko"]["difference"] == pytest.approx(means[0] - means[1], abs=1e-6)
     assert line["ahead"]["kernel density"]["difference"] > 0
-    table = standings.everything({"about": None, "sets": {"any": found}, "speed": [], "figure_one": None})
+    table = standings.everything({"about": None, "sets": {"any": section}, "speed": [], "figure_one": None})
     assert "over kernel density" in table
 
 
-def test_peers_are_found_as_often_as_they_are_asked_for(monkeypatch):
+def test_peers_can_be_found_repeatedly(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts import peers
 
@@ -348,7 +348,7 @@ def test_peers_are_found_as_often_as_they_are_asked_for(monkeypatch):
     assert list(first) == list(again) == ["pyro-maf", "pyro", "zuko"]
 
 
-def test_a_plain_loop_of_the_peers_keeps_the_weights_that_validate_best(monkeypatch):
+def test_the_training_loop_of_the_peers_restores_the_best_weights(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import torch
     from parts import rivals
@@ -368,7 +368,7 @@ def test_a_plain_loop_of_the_peers_keeps_the_weights_that_validate_best(monkeypa
         assert rivals.scores(module, data.validation, None).mean() > start, name
 
 
-def test_columns_are_found_in_the_sites_by_their_names(monkeypatch):
+def test_columns_are_taken_from_the_sites_by_name(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import torch
     from parts.posteriors import Posterior
@@ -379,7 +379,7 @@ def test_columns_are_found_in_the_sites_by_their_names(monkeypatch):
     assert posterior.table(sites).tolist() == [[2.0, 5.0, 7.0], [4.0, 6.0, 9.0]]
 
 
-def test_accuracy_is_none_of_the_references_own_and_grows_with_the_distance(monkeypatch):
+def test_errors_of_the_reference_draws_are_zero_and_grow_with_a_shift(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts import accuracy
     from parts.posteriors import Posterior
@@ -400,7 +400,7 @@ def test_ratios_are_taken_within_a_round(parts):
     assert timing.paired_ratio(slower, busy_at_first) == 2.0
 
 
-def test_a_contender_too_slow_or_too_large_is_predicted(parts):
+def test_a_contender_that_is_too_slow_or_too_large_is_extrapolated(parts):
     _, timing = parts
     calls = []
     contenders = [
@@ -416,7 +416,7 @@ def test_a_contender_too_slow_or_too_large_is_predicted(parts):
     assert times["fine"].measured
 
 
-def test_the_table_replaces_what_stands_between_the_markers_only(parts, tmp_path):
+def test_only_the_text_between_the_markers_is_replaced(parts, tmp_path):
     report, _ = parts
     path = tmp_path / "README.md"
     path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

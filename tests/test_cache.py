@@ -1,4 +1,4 @@
-"""Compiled code on disk: whatever has become of it, the answer is right, and a line says what was wrong."""
+"""Compiled code on disk: results are right whatever happens to the files, and a warning says what was wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def beside_its_source() -> Iterator[None]:
-    """Compiled code is beside its source, also where the environment has another place for it."""
+    """Keep compiled code next to its source, whatever the environment says."""
     import numba
 
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +41,7 @@ def beside_its_source() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with two functions, compiled."""
+    """A folder with two compiled functions."""
     folder = tmp_path_factory.mktemp("origin")
     (folder / "tiny.py").write_text(SOURCE)
     assert [answer(folder, name, 4) for name in ("twice", "thrice")] == [(8, 0), (12, 0)]
@@ -51,7 +51,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def folder(origin: Path) -> Iterator[Path]:
-    """The same folder, as compiled code knows where it is from."""
+    """The same folder, restored afterwards."""
     kept = origin.with_name("kept")
     shutil.copytree(origin, kept, dirs_exist_ok=True)
     yield origin
@@ -60,7 +60,7 @@ def folder(origin: Path) -> Iterator[Path]:
 
 
 def answer(folder: Path, name: str, x: Any) -> tuple[Any, int]:
-    """What a process that starts now would compute, and how much of it with code from disk."""
+    """Result of a function in a newly imported module, and number of its loads from disk."""
     import numba
 
     spec = importlib.util.spec_from_file_location("tiny", folder / "tiny.py")
@@ -101,11 +101,11 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 def test_compiling_is_announced_once_for_each_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compiler._say.cache_clear()
-    # Steps are counted in single precision in either, so that arrays of both kinds come.
+    # Steps are counted in single precision in both cases, so arrays of both kinds occur.
     numbers, steps = np.ones(2), np.ones(1, np.float32)
     single, double = (steps, steps), (numbers, numbers, steps)
     said = []
-    for x in (single, single, double):  # each as by a process that starts now
+    for x in (single, single, double):  # each as in a newly started process
         answer(folder, "twice", x)
         said.append(capsys.readouterr().err)
     compiler._say.cache_clear()
@@ -124,7 +124,7 @@ def test_damaged_code_is_compiled_again_with_a_warning(damage: str, kind: str, f
         assert answer(folder, "twice", 4) == (8, 0)
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
-    # Whole again, without a word.
+    # Repaired, so without a warning.
     assert answer(folder, "twice", 4) == (8, 1)
     assert answer(folder, "thrice", 4) == (12, 1)
 
@@ -137,7 +137,7 @@ def test_code_that_is_missing_is_compiled_again(kind: str, folder: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
-def test_what_can_not_be_read_or_replaced_costs_a_warning_each_time(kind: str, folder: Path) -> None:
+def test_files_that_cannot_be_read_or_replaced_cause_a_warning_each_time(kind: str, folder: Path) -> None:
     path = only(folder, f"tiny.twice*.{kind}")
     replace_by_folder(path)
     for _ in range(2):
@@ -148,9 +148,7 @@ def test_what_can_not_be_read_or_replaced_costs_a_warning_each_time(kind: str, f
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_code_that_can_not_be_written_is_used_all_the_same(
-    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_cannot_be_written_is_used_anyway(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -187,7 +185,7 @@ def test_code_for_classes_that_are_no_longer_there_is_compiled_again(
 
 
 def test_processes_that_compile_at_once_never_run_each_others_code(folder: Path) -> None:
-    """Each takes number 1 for its signature, one is last to write the index and the other the code."""
+    """Both number their signature 1; one is last to write the index, the other the code."""
     whole = (folder / "__pycache__").rename(folder / "whole")
     assert answer(folder, "twice", 4.5) == (9.0, 0)
     shutil.copy(only(folder, "tiny.twice*.nbc"), whole)
@@ -213,7 +211,7 @@ def test_nothing_in_a_foreign_file_is_run(folder: Path) -> None:
 
 
 def test_the_sources_of_compiled_code_are_all_known() -> None:
-    """Whoever edits one of them runs what it says now."""
+    """After an edit of any of them, code is compiled anew."""
     folder, seen, ahead = Path(compiler.__file__).parent.parent, set(), ["kernels/entries"]
     while ahead:
         name = ahead.pop()
@@ -224,7 +222,7 @@ def test_the_sources_of_compiled_code_are_all_known() -> None:
     assert seen == {"kernels/entries", *compiler.SOURCES}
 
 
-def test_compiled_code_goes_with_the_constants_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_depends_on_its_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = compiler._stamp()
     monkeypatch.setattr(compiler, "CONSTANTS", (*compiler.CONSTANTS[:-1], 3.0))
     assert compiler._stamp.__wrapped__() != stamp
@@ -250,10 +248,8 @@ print((results[-1] - x).abs().max() > 0.1, *[hashlib.sha256(each.detach().numpy(
 
 @pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 @pytest.mark.parametrize("what", ["values", pytest.param("gradients", marks=pytest.mark.slow)])
-def test_the_process_that_compiles_answers_as_later_ones_do_whatever_became_of_its_kernels(
-    what: str, tmp_path: Path
-) -> None:
-    """Bit by bit, though it may run code that was never on disk: log-densities, noise and samples, and gradients."""
+def test_the_process_that_compiles_has_the_results_of_later_ones(what: str, tmp_path: Path) -> None:
+    """Log-densities, noise, samples and gradients are equal bit by bit, even with code that was never on disk."""
     kernel = kernels()
     assert kernel is not None
     cache = kernel.forward._cache

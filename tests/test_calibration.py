@@ -1,4 +1,4 @@
-"""Simulation-based calibration of `fit_guide`, and of `FlowPrior` under NUTS: ranks of the truth are uniform.
+"""Simulation-based calibration of `fit_guide`, and of `FlowPrior` under NUTS: ranks of the true parameters are uniform.
 
 Of data simulated from the model, the rank of the parameter that they came from, among draws of the posterior, is
 uniform. Ranks are mapped to standard normal numbers; their mean and their sum of squares are tested for each parameter,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 @pytest.fixture(autouse=True)
 def _few_draws_in_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are of draws that the diagnosis has no part in."""
+    """Shorten the diagnosis, which does not affect the draws that are ranked."""
     monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
 
 
@@ -57,7 +57,7 @@ def logistic(y: Tensor | None = None) -> None:
 
 
 def scores(model: Callable[..., None], names: list[str], count: int) -> Tensor:
-    """Ranks as standard normal numbers, (count, names), over simulated data sets."""
+    """Ranks over simulated data sets, transformed to standard normals, (count, names)."""
     rows = []
     for seed in range(count):
         pyro.set_rng_seed(seed)
@@ -71,12 +71,12 @@ def scores(model: Callable[..., None], names: list[str], count: int) -> Tensor:
 
 
 def as_normal(ranks: Tensor, draws: int) -> Tensor:
-    """Ranks among a number of draws, uniform if these are exact, as standard normal numbers."""
+    """Ranks among `draws` draws transformed to standard normals, exactly so for exact draws."""
     return torch.special.ndtri((ranks + 0.5) / (draws + 1))
 
 
 def least_probability(z: Tensor) -> float:
-    """The smaller of the probabilities of a mean and of a sum of squares as extreme, of independent normal numbers."""
+    """The smaller p-value of a test of the mean and one of the sum of squares, for independent standard normals."""
     count = len(z)
     of_mean = 2 * stats.norm.sf(abs(float(z.mean())) * count**0.5)
     squares = float((z**2).sum())
@@ -96,7 +96,7 @@ def test_ranks_among_draws_of_a_guide_are_uniform(model: Callable[..., None], na
 
 @pytest.mark.parametrize("data_sets", [12, pytest.param(500, marks=pytest.mark.slow)])
 def test_ranks_among_draws_of_nuts_with_a_flow_as_prior_are_uniform(data_sets: int) -> None:
-    """All data sets in one chain, whose posterior is the product of theirs; of four draws one, about independent."""
+    """One chain samples the product of all posteriors; every fourth draw is kept, which are nearly independent."""
     flow = MAF(2, **SMALL)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -117,7 +117,7 @@ def test_ranks_among_draws_of_nuts_with_a_flow_as_prior_are_uniform(data_sets: i
     assert min(found) > FALSE_FAILS / (2 * len(found)), found
 
 
-def test_guides_of_half_the_spread_or_a_deviation_off_would_be_found_out() -> None:
+def test_calibration_detects_guides_that_are_too_narrow_or_shifted() -> None:
     torch.manual_seed(0)
     exact = torch.randn(200, 100)
     for z in (2 * exact, exact + 1):

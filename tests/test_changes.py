@@ -1,4 +1,4 @@
-"""Nothing remembered outlives what it was made of: weights, whoever wrote them, tensors of inference mode, threads."""
+"""Caches are never stale, however weights change: in place, in inference mode, by threads or processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def assert_fresh(flow: Flow, x: Tensor) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
 def test_perturbed_scored_and_restored(make: Callable[..., Flow], seed: int) -> None:
-    """As evolution strategies and Laplace approximations do: new weights come to lie where others lay."""
+    """As in evolution strategies and Laplace approximations, where new weights reuse the memory of old ones."""
     flow, x = stack(make, seed), torch.randn(9, 4)
     start = parameters_to_vector(flow.parameters()).clone()
     for _ in range(30):
@@ -68,7 +68,7 @@ def test_perturbed_scored_and_restored(make: Callable[..., Flow], seed: int) -> 
         assert_fresh(flow, x)
         vector_to_parameters(start, flow.parameters())
     rows = start + 0.1 * torch.randn(3, len(start))
-    for row in (0, 1, 2, 1):  # of one memory
+    for row in (0, 1, 2, 1):  # which share memory
         vector_to_parameters(rows[row], flow.parameters())
         assert_fresh(flow, x)
 
@@ -143,7 +143,7 @@ CHANGES: list[Callable[[Flow], Any]] = [
 @every_stack
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_whoever_writes_the_weights(make: Callable[..., Flow], change: Callable[[Flow], Any]) -> None:
+def test_every_way_to_change_the_weights_is_noticed(make: Callable[..., Flow], change: Callable[[Flow], Any]) -> None:
     flow, x = stack(make), torch.randn(9, 4)
     y = flow(x)
     log_det = flow.log_abs_det_jacobian(x, y)
@@ -178,7 +178,7 @@ def test_a_prior_with_tails_that_is_loaded_in_inference_mode_has_gradients() -> 
 
 @every_stack
 @torch.no_grad()
-def test_weights_that_are_lent_for_one_call(make: Callable[..., Flow]) -> None:
+def test_weights_replaced_for_one_call_are_used_there_only(make: Callable[..., Flow]) -> None:
     flow, x = stack(make), torch.randn(9, 4)
     own = dict(flow.named_parameters())
     lent = {name: value + 0.1 for name, value in own.items()}
@@ -193,7 +193,7 @@ def test_weights_that_are_lent_for_one_call(make: Callable[..., Flow]) -> None:
 @every_stack
 @pytest.mark.parametrize("end", ["x", "y"])
 @torch.no_grad()
-def test_an_end_of_a_pair_that_lies_elsewhere(make: Callable[..., Flow], end: str) -> None:
+def test_new_data_of_a_cached_tensor_is_noticed(make: Callable[..., Flow], end: str) -> None:
     flow, x = stack(make), torch.randn(9, 4)
     y = flow(x)
     changed = x if end == "x" else y
@@ -208,7 +208,7 @@ def test_an_end_of_a_pair_that_lies_elsewhere(make: Callable[..., Flow], end: st
 @every_stack
 @torch.no_grad()
 def test_weights_that_are_no_parameters(make: Callable[..., Flow]) -> None:
-    """As of a network that another one computes, and of one whose weights have a prior."""
+    """As of a hypernetwork, and of a network whose weights have a prior."""
     flow, x = stack(make), torch.randn(9, 4)
     layers = [member for member in flow.modules() if isinstance(member, nn.Linear)]
     for layer in layers:
@@ -280,7 +280,7 @@ def test_shared_weights_are_never_taken_for_unchanged(make: Callable[..., Flow])
     flow, x = stack(make).share_memory(), torch.randn(9, 4)
     y = flow(x)
     for parameter in flow.parameters():
-        parameter.numpy()[...] += 0.1  # counted by nobody, as the writes of another process are
+        parameter.numpy()[...] += 0.1  # does not increase the version, like writes of another process
     fresh = copy.deepcopy(flow)
     assert torch.allclose(flow.inv(y), fresh.inv(y))
     assert_fresh(flow, x)
@@ -305,7 +305,7 @@ def test_another_process_changes_the_weights() -> None:
     assert_fresh(flow, x)
 
 
-def test_a_snapshot_of_what_can_change_uncounted_is_none() -> None:
+def test_tensors_without_version_counters_have_no_snapshot() -> None:
     with torch.inference_mode():
         uncounted = torch.zeros(3)
     for tensor in (uncounted, torch.zeros(3).share_memory_(), torch.eye(3).to_sparse()):

@@ -1,4 +1,4 @@
-"""The command line: what each command leaves and prints, and how it ends."""
+"""The command line: files, output and exit codes of each command."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FILES = {"model.safetensors", "fit.json", "log.csv", "checkpoint.safetensors", "
 
 
 def frame() -> pd.DataFrame:
-    """Two columns of data, 200 rows, and two of context: a text and a number."""
+    """200 rows with two columns of data and two of context, a text and a number."""
     random = np.random.default_rng(0)
     age = random.integers(20, 80, 200)
     colour = np.array(["blue", "red"])[np.arange(200) % 2]
@@ -47,7 +47,7 @@ def frame() -> pd.DataFrame:
 
 
 def run(*arguments: Any, code: int = 0, given: bytes | None = None) -> Any:
-    """The result of a command that ends with `code`."""
+    """Run a command, check its exit code and return its result."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=given)
     assert result.exit_code == code, (result.stderr, result.exception)
     return result
@@ -55,7 +55,7 @@ def run(*arguments: Any, code: int = 0, given: bytes | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table as csv, and a fit to two of its columns, plain and given the others."""
+    """A folder with a table as csv, and fits to two of its columns without and with the others as context."""
     folder = tmp_path_factory.mktemp("cli")
     frame().to_csv(folder / "table.csv", index=False, float_format="%.9g")
     run("fit", folder / "table.csv", "--columns", "length,width", "--folder", folder / "plain", *QUICK)
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with the table in it."""
+    """A working folder with only the table."""
     (tmp_path / "table.csv").write_bytes((folder / "table.csv").read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -76,7 +76,7 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report that takes no time."""
+    """Replace the report by a stub, to save time."""
     monkeypatch.setattr(pyro_maf.report, "write_report", lambda path, *rest, **options: path.write_text("a report"))
 
 
@@ -85,13 +85,13 @@ def rows_of(columns: list[str]) -> torch.Tensor:
 
 
 def given_rows() -> torch.Tensor:
-    """The context of the table as the model takes it: blue, red, age."""
+    """The table's context in the columns of the model: blue, red, age."""
     table = frame()
     columns = [table["colour"] == "blue", table["colour"] == "red", table["age"]]
     return torch.tensor(np.stack(columns, 1).astype(np.float32))
 
 
-# -- fit --------------------------------------------------------------------------------------------------------------
+# -- fit ---------------------------------------------------------------------------------------------------------------
 
 
 def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
@@ -100,7 +100,7 @@ def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
     assert result.stdout == ""
     assert "200 rows of length, width given colour=blue, colour=red, to table-maf." in result.stderr
     assert {path.name for path in (here / "table-maf").iterdir() if path.is_file()} == FILES
-    # As text first: versions of pandas differ in how they parse the last digit of a number.
+    # As text first, since versions of pandas parse the last digit differently.
     log = pd.read_csv("table-maf/log.csv", dtype=str, usecols=["epoch", "validation_loss"]).astype(float)
     assert log["epoch"].tolist() == [1, 2]
     record = json.loads(Path("table-maf/fit.json").read_text())
@@ -279,7 +279,7 @@ def test_a_fit_is_not_overwritten_unasked(here: Path) -> None:
     (here / "fit" / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in (here / "fit").iterdir() if path.is_file()}
     assert "found a fit in fit" in run(*command, code=2).stderr
-    # Options that are found wrong only once the fit begins.
+    # Options that are validated only when the fit begins.
     assert "learning_rate above 0" in run(*command, "--overwrite", "--learning-rate", "-1", code=2).stderr
     after = {path.name: path.read_bytes() for path in (here / "fit").iterdir() if path.is_file()}
     assert after == before
@@ -347,7 +347,7 @@ def test_options_are_those_of_the_library() -> None:
     assert inspect.signature(build).parameters["num_layers"].default == fit_module.DEFAULT_LAYERS
 
 
-# -- score ------------------------------------------------------------------------------------------------------------
+# -- score -------------------------------------------------------------------------------------------------------------
 
 
 def test_score_gives_the_log_density_of_every_row(folder: Path, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_large_tables_are_scored_in_batches(folder: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as patched:
             patched.setattr("pyro_maf.training.scores.VALUES_AT_ONCE", 14)
             parts = run("score", folder / model, folder / "table.csv").stdout.split()[1:]
-        # Kernels round differently for batches of other sizes.
+        # Kernels round differently for other batch sizes.
         assert np.array(parts, np.float32) == pytest.approx(np.array(whole, np.float32), rel=1e-5)
 
 
@@ -426,7 +426,7 @@ def test_columns_far_from_zero_are_fitted_scored_and_drawn_as_precisely_as_they_
     assert float(re.search(r"log-likelihood (\S+) nats", told)[1]) == pytest.approx(truth, abs=0.4)
     scored = run("score", "fit", "utm.csv").stdout.split()[1:]
     assert np.array(scored, float).mean() == pytest.approx(truth, abs=0.2)
-    # A row or two say nothing of how precise their columns are: the model does.
+    # The model knows the precision of the columns, which one or two rows do not show.
     table[:2].to_csv("two.csv", index=False, float_format="%.6f")
     two = run("score", "fit", "two.csv").stdout.split()[1:]
     assert np.array(two, float) == pytest.approx(np.array(scored[:2], float), abs=1e-3)
@@ -446,7 +446,7 @@ def test_rows_on_disk_that_are_too_coarse_for_a_model_are_refused(here: Path, mo
     assert "Read the values in float64" in run("score", "far.safetensors", "coarse.npy", code=2).stderr
 
 
-# -- sample -----------------------------------------------------------------------------------------------------------
+# -- sample ------------------------------------------------------------------------------------------------------------
 
 
 def test_sample_draws_rows_with_their_names(folder: Path, tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_many_rows_are_drawn_in_batches(folder: Path, monkeypatch: pytest.Monkey
     assert len(set(lines)) == 9
 
 
-# -- info -------------------------------------------------------------------------------------------------------------
+# -- info --------------------------------------------------------------------------------------------------------------
 
 
 def test_info_says_what_a_model_is_and_how_it_was_made(folder: Path) -> None:
@@ -516,7 +516,7 @@ def test_a_flow_that_was_saved_alone_is_a_density_too(tmp_path: Path) -> None:
     assert run("sample", tmp_path / "given.safetensors", "-n", 1, "--context", "c1=2").stdout.startswith("x1,x2\n")
 
 
-# -- how it ends ------------------------------------------------------------------------------------------------------
+# -- how it ends -------------------------------------------------------------------------------------------------------
 
 
 FIT = ("fit", "{}/table.csv", "--columns", "length,width", "--folder", "new")

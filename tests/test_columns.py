@@ -1,4 +1,4 @@
-"""Columns as they come: counted, rounded and categorical ones have probabilities, which sum to 1."""
+"""Columns of all kinds: counts, rounded numbers and categories have probabilities, which sum to 1."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENDS = pytest.mark.filterwarnings("ignore:fit (reached max_epochs|has its best e
 
 
 def counts(rows: int = 400, seed: int = 0) -> np.ndarray:
-    """A number, and a count that depends on it."""
+    """Rows of a number and a count that depends on it."""
     random = np.random.default_rng(seed)
     x = random.normal(size=rows)
     return np.stack([x, random.poisson(np.exp(1.5 + 0.4 * x))], 1)
@@ -54,7 +54,7 @@ def mixed(rows: int = 400, seed: int = 0) -> pd.DataFrame:
 
 
 def trained(model: Any, scale: float = 0.4) -> Any:
-    """A model whose weights are far from those of the identity."""
+    """A model with random weights, far from the identity."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
@@ -123,12 +123,12 @@ def test_probabilities_of_a_grid_sum_to_one_within_their_error(dtype: torch.dtyp
         off = (error * coarse).square().sum().sqrt().item()
         assert coarse.sum().item() == pytest.approx(1.0, abs=4 * off)
         assert off < 0.02
-        # Against an average over many more points of a step.
+        # Against an average over many more points.
         some = values[coarse.argsort(descending=True)[:40]]
         places = torch.rand(40, 4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
         exact = density.prior.double().log_prob(some[:, None].double() + places).logsumexp(1) - math.log(4000)
         gap = density.to(dtype).log_prob(some).double() - exact
-    # Sobol points are better than independent ones, whose error is an upper estimate; so is the gap of Jensen.
+    # The error and Jensen gap of independent points bound those of Sobol points from above.
     assert gap.abs().max().item() < 0.05
     assert abs(gap.mean().item()) < 0.01
     assert gap.square().mean().sqrt().item() < error[coarse.argsort(descending=True)[:40]].mean().item()
@@ -144,7 +144,7 @@ def test_a_number_and_a_count_integrate_and_sum_to_one() -> None:
 
 
 def table(dtype: torch.dtype = torch.float64, context_dim: int = 0) -> Any:
-    """A density of a number, a category of three, a count and a truth value."""
+    """A density of a number, a category with three values, a count and a boolean."""
     prior = FlowPrior(trained(MAF(2, context_dim=5 + context_dim, **SMALL), 0.1).to(dtype))
     categorical = trained(AutoregressiveCategorical([3, 2], context_dim=context_dim)).to(dtype)
     levels = [None, [0.0, 1.0, 2.0], None, [0.0, 5.0]]
@@ -177,7 +177,7 @@ def test_draws_are_those_of_the_probabilities() -> None:
 @pytest.mark.parametrize(
     "row", [[0.0, 3.0, 1.0, 5.0], [0.0, 1.0, 0.5, 5.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.5, 1.0, 0.0]]
 )
-def test_what_is_off_its_grid_or_no_category_has_no_probability(row: list[float]) -> None:
+def test_values_off_the_grid_and_unknown_categories_have_probability_zero(row: list[float]) -> None:
     assert table().log_prob(torch.tensor(row).double()).item() == -math.inf
     assert not table().support.check(torch.tensor(row).double())
 
@@ -221,7 +221,7 @@ def test_tables_are_saved(dtype: torch.dtype, tmp_path: Path) -> None:
         assert again.dtype == dtype
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_inconsistent_arguments_are_refused() -> None:
     prior = FlowPrior(MAF(2))
     with pytest.raises(ValueError, match="expected levels of 2 columns"):
         TableDensity(prior, levels=[None])
@@ -270,7 +270,7 @@ def test_a_count_is_fitted_as_one() -> None:
     assert mean_log_prob(result.density, result.validation_rows.data) == pytest.approx(
         result.validation_log_likelihood, rel=1e-9
     )
-    # What was maximised is a bound of that.
+    # The objective of the fit is a lower bound.
     assert min(result.validation_loss) > -result.validation_log_likelihood - 0.01
 
 
@@ -292,7 +292,7 @@ def test_densities_may_be_asked_for() -> None:
 @ON_GRID
 @ENDS
 def test_the_probability_of_counts_is_learnt() -> None:
-    """Of a binomial distribution, within 0.02 nats of the truth with 4,000 rows."""
+    """A binomial distribution, to within 0.02 nats with 4,000 rows."""
     random = np.random.default_rng(0)
     train, test = (random.binomial(20, 0.3, (rows, 1)) for rows in (4000, 2000))
     truth = torch.distributions.Binomial(20, torch.tensor(0.3))
@@ -330,7 +330,7 @@ def test_a_frame_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def drawn_numbers(frame: pd.DataFrame) -> Tensor:
-    """A drawn frame as the density takes it, with categories in alphabetical order."""
+    """A frame of draws as a tensor, with categories numbered in alphabetical order."""
     numbers = frame.assign(colour=(frame["colour"] == "red"), flag=frame["flag"]).astype(np.float32)
     return torch.tensor(numbers.to_numpy())
 
@@ -351,7 +351,7 @@ def test_a_flow_of_the_right_sizes_takes_categories() -> None:
         fit(MAF(4), frame, **QUICK)
 
 
-def test_what_is_no_category_is_refused() -> None:
+def test_unknown_categories_are_refused() -> None:
     frame = mixed(60)
     with pytest.raises(InputError, match="got a missing value in row 7, column 'colour'") as error:
         fit(frame.assign(colour=frame["colour"].where(np.arange(60) != 7)))
@@ -601,7 +601,7 @@ def test_a_table_that_is_fitted_again_keeps_its_categories() -> None:
 
 
 def frames_with_context(rows: int = 300) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Heights by species and age, and a context of these, of which one is text and one truth values."""
+    """Heights, and a context of species and age, of which one is text and one boolean."""
     generator = np.random.default_rng(0)
     species = generator.choice(["oak", "elm", "ash"], rows)
     age = generator.uniform(1, 9, rows)
@@ -643,7 +643,7 @@ def test_text_in_the_context_of_a_fit_goes_with_every_form_of_it(tmp_path: Path)
     assert prior.unwrapped.context_layout.encoded_labels[:3] == ["species=ash", "species=elm", "species=oak"]
     few = context[context["species"] != "oak"]
     again = fit(prior.requires_grad_(True), data.loc[few.index], context=few, max_epochs=1, progress=False)
-    assert again.density.unwrapped.context_dim == 5  # the categories are those of the prior, not those of its new rows
+    assert again.density.unwrapped.context_dim == 5  # the categories of the prior, not of the new rows
     validation = data.iloc[:30], context.iloc[:30]
     flow = ConditionalMAF(2, 5, num_layers=1, hidden_dims=[8])
     rest = data.iloc[30:], context.iloc[30:]

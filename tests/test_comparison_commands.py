@@ -1,4 +1,4 @@
-"""`pyro-maf compare` and `pyro-maf paper`: what they leave behind, how they go on, what they refuse."""
+"""`pyro-maf compare` and `pyro-maf paper`: their files, their resumption and their errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wine(tmp_path):
     return path
 
 
-def test_compare_leaves_a_table_in_two_forms_and_models_that_score_takes(invoke, wine, tmp_path):
+def test_compare_writes_a_table_in_two_formats_and_models_for_score(invoke, wine, tmp_path):
     result = invoke("compare", wine, "--context", "colour", *QUICK)
     assert result.exit_code == 0, result.output
     assert "Gaussian" in result.stdout
@@ -78,7 +78,7 @@ def test_a_name_of_a_table_is_no_markup(invoke, wine, tmp_path):
     assert "a[bold] [ (2)" in result.stdout
 
 
-def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):
+def test_compare_resumes_after_an_interruption(invoke, wine, monkeypatch):
     fit = comparison.fit
     with monkeypatch.context() as patched:
         patched.setattr(

@@ -1,4 +1,4 @@
-"""Embedding networks of contexts, trained along with a conditional flow."""
+"""Embedding networks for contexts, trained jointly with a conditional flow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ONCE = {"max_epochs": 2, "progress": False, "batch_size": 64}
 
 
 class DeepSet(nn.Module):
-    """Mean over the points of a set of what a network says of each."""
+    """A network applied to each point of a set, averaged over points."""
 
     def __init__(self, coordinates: int, features: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class DeepSet(nn.Module):
 
 
 def images(rows: int = 600, size: int = 8) -> tuple[Tensor, Tensor]:
-    """Positions of a bright spot, and noisy images of it, (rows, 1, size, size), that do not vary at a margin."""
+    """Positions of a bright spot, and noisy images of it, (rows, 1, size, size), with a constant margin."""
     generator = torch.Generator().manual_seed(0)
     places = 0.3 + 0.4 * torch.rand(rows, 2, generator=generator)
     axis = torch.linspace(0, 1, size)
@@ -55,7 +55,7 @@ def small(context_dim: int = 6) -> ConditionalMAF:
 
 
 def test_a_posterior_given_images_is_learned() -> None:
-    """The spot is where the image says: the network must see that, and units of each pixel would blow up the margin."""
+    """The image shows where the spot is; units per pixel would amplify the noise of the margin."""
     places, pictures = images()
     result = fit(
         small(), places, context=pictures, context_net=convolutions(), max_epochs=60, seed=1, progress=False, test=0.1
@@ -156,7 +156,7 @@ def test_a_resumed_fit_has_the_weights_of_an_uninterrupted_one(tmp_path: Path) -
 
 
 def test_batch_norms_have_the_statistics_of_the_averaged_weights() -> None:
-    """As the layers before it have them: running ones are of other weights, which no epoch was validated with."""
+    """Running statistics are those of other weights, which no epoch was validated with."""
     result = fitted()
     net = result.density.unwrapped.context_net  # type: ignore[union-attr]
     assert net is not None
@@ -204,7 +204,7 @@ def test_tables_with_categories_and_grids_take_a_network() -> None:
     assert categorical is not None
     assert categorical.context_dim == 6
     log_prob = categorical.log_density(index, result.density.unwrapped.features(pictures.flatten(1)))
-    assert log_prob.mean() > -0.4  # of the image, without which it is -0.69
+    assert log_prob.mean() > -0.4  # -0.69 without the image
 
 
 def test_validation_rows_and_a_fixed_prior_take_images_too() -> None:

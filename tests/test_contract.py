@@ -1,4 +1,4 @@
-"""The laws that every transform keeps, each one a property of everything in the registry."""
+"""The laws of transforms, as property tests of every transform in the registry."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.registry import REGISTRY, Architecture, architectures, build
 pytestmark = pytest.mark.parametrize("name", REGISTRY)
 double, single = torch.float64, torch.float32
 few = settings(max_examples=4)
-"""For laws that depend on the kind of a layer, hardly on its sizes."""
+"""Settings for laws that depend on the kind of a layer more than on its sizes."""
 WHEN = st.sampled_from(["always", "before", "after", "never"])
-"""When something holds, seen from the first call."""
+"""When a condition holds, relative to the first call."""
 
 
 # 1. Invertible
@@ -39,7 +39,7 @@ def test_inverts_in_double_precision(name: str, device: str, a: Architecture, sc
 @example(a=Architecture(11, 2, 4, [], "relu", "reverse", 18), scale=50.0)  # steep maps
 @example(a=Architecture(5, 2, 4, [], "relu", "reverse", 13), scale=50.0)
 def test_inverts_in_single_precision(name: str, device: str, a: Architecture, scale: float) -> None:
-    # Half the gain: four layers of scale exp(-3) on top of each other hold less of x than float32 has digits.
+    # Half the gain, since four layers with scale exp(-3) would lose more of x than float32 can represent.
     laws.inverts(at_context(build(name, a, single, device, gain=0.5), 20), scale)
 
 
@@ -99,7 +99,7 @@ def test_results_are_never_stale(name: str, device: str, a: Architecture, step: 
 
 @given(a=architectures(largest=4), x_when=WHEN, y_when=WHEN, frozen=WHEN, context_when=WHEN, data=st.data())
 @settings(max_examples=8)
-def test_gradients_are_those_of_a_fresh_computation_whatever_is_frozen_and_when(
+def test_gradients_equal_those_without_a_cache_whatever_requires_grad(
     name: str,
     device: str,
     a: Architecture,
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_a_fresh_computation_whatever_is_frozen_and_when(
     context_when: str,
     data: st.DataObject,
 ) -> None:
-    """`x_when` and its like: whether a gradient is wanted before the first call, after it, or at both times."""
+    """`x_when` etc. say whether a tensor requires a gradient before the first call, after it, or both."""
     inverted = data.draw(st.booleans(), "inverted")
     queries = data.draw(st.lists(st.sampled_from(["there", "back", "log_det"]), min_size=1, max_size=3), "queries")
     partly = data.draw(st.booleans(), "only every other parameter is frozen")
@@ -135,27 +135,27 @@ def test_gradients_are_those_of_a_fresh_computation_whatever_is_frozen_and_when(
                     y.detach_()
             if y.is_leaf:
                 y.requires_grad_(y_when in ("always", times))
-        asked = {
+        calls = {
             "there": lambda: member(x),
             "back": lambda: member.inv(y),
             "log_det": lambda: member.log_abs_det_jacobian(x, y),
         }
-        results = [asked[query]() for query in queries]
+        results = [calls[query]() for query in queries]
         loss = sum((result**3).sum() for result in results)
         assert isinstance(loss, Tensor)
         wanted = [leaf for leaf in [*leaves, y] if leaf.is_leaf and leaf.requires_grad]
         gradients = [torch.zeros_like(leaf) for leaf in wanted]
         if wanted and loss.requires_grad:
             gradients = list(torch.autograd.grad(loss, wanted, materialize_grads=True, allow_unused=True))
-        # Where y is still part of the graph of x, x itself is the answer to `inv`: the same function of all leaves.
+        # If y is still part of the graph of x, `inv` may return x itself, the same function of all leaves.
         exact = [
             result.requires_grad for result, query in zip(results, queries, strict=True) if y.is_leaf or query != "back"
         ]
         return [result.detach() for result in [*results, *gradients]], exact
 
-    found, wanted = program(1), program(0)
-    assert found[1] == wanted[1]
-    for one, other in zip(found[0], wanted[0], strict=True):
+    actual, expected = program(1), program(0)
+    assert actual[1] == expected[1]
+    for one, other in zip(actual[0], expected[0], strict=True):
         assert torch.allclose(one, other, rtol=1e-6, atol=1e-6 * float(1 + other.norm()))
 
 
@@ -173,14 +173,13 @@ def test_change_of_precision_leaves_nothing_stale(name: str, device: str, a: Arc
 
 @given(a=architectures(largest=4))
 @few
-def test_train_and_eval_are_kept_apart(name: str, device: str, a: Architecture) -> None:
+def test_train_and_eval_mode_do_not_share_the_cache(name: str, device: str, a: Architecture) -> None:
     flow = at_context(build(name, a, double, device), 5).eval()
     x = points(flow, 5)
     y = flow(x)
     expected = fresh(flow).train().inv(y)
     flow.train()
-    found = flow.inv(y)
-    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(flow.inv(y), expected, rtol=1e-9, atol=1e-9)
 
 
 @given(a=architectures(largest=4))
@@ -244,7 +243,7 @@ def test_copies_pickles_and_moves_through_a_state_dict(name: str, device: str, a
     torch.manual_seed(a.seed + 1)
     other = REGISTRY[name](replace(a, seed=a.seed + 1)).to(device=device, dtype=double).eval()
     shapes = [{key: value.shape for key, value in module.state_dict().items()} for module in (flow, other)]
-    laws.can_be_copied(flow, other if shapes[0] == shapes[1] else None)  # torch itself refuses other shapes
+    laws.can_be_copied(flow, other if shapes[0] == shapes[1] else None)  # torch refuses other shapes
 
 
 @given(a=architectures())
@@ -316,7 +315,7 @@ def test_starts_as_the_identity(name: str, device: str, a: Architecture) -> None
 
 @given(a=architectures(largest=5))
 @settings(max_examples=3)
-def test_says_what_is_wrong_with_an_input(name: str, device: str, a: Architecture) -> None:
+def test_wrong_inputs_raise_clear_errors(name: str, device: str, a: Architecture) -> None:
     flow = at_context(build(name, a, double, device))
     wide = torch.zeros(3, a.input_dim + 1, dtype=double, device=device)
     for direction in (flow, flow.inv):

@@ -1,4 +1,4 @@
-"""Damaged files: each is refused in one line that names it, or changes nothing; none is lost, none is run with."""
+"""Damaged files are refused by a one-line error that names them, or change nothing; none is deleted or used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder(origin: Path, tmp_path: Path) -> Path:
 
 
 def parts(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and its numbers."""
+    """The header and the data of a safetensors file."""
     (size,) = LENGTH.unpack_from(content)
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
@@ -62,13 +62,13 @@ def joined(header: dict[str, Any], numbers: bytes) -> bytes:
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where there is something in JSON."""
+    """Paths of all entries in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place, *(deeper for key, item in inner for deeper in places(item, (*place, key)))]
 
 
 def changed(value: Any, chance: random.Random) -> Any:
-    """JSON with something removed, or replaced by something of another kind."""
+    """The JSON value with an entry removed, or replaced by one of another type."""
     value = json.loads(json.dumps(value))
     *way, last = chance.choice(places(value)[1:])
     at = value
@@ -94,7 +94,7 @@ def blotted(content: bytes, chance: random.Random) -> bytes:
 
 
 def rewritten(content: bytes, chance: random.Random) -> bytes:
-    """By another program, which may not know of a digest, or leave a tensor out."""
+    """A file as rewritten by another program, which may omit the digest or a tensor."""
     header, numbers = parts(content)
     (key, text) = next(item for item in header["__metadata__"].items() if item[0] != "digest")
     how = chance.randrange(4)
@@ -121,14 +121,14 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def damages(how: str, content: bytes, count: int) -> Iterator[bytes]:
-    """Files that differ from `content`, the same ones at each call."""
+    """Damaged versions of `content`, the same at each call."""
     chance = random.Random(how)
     some = (DAMAGES[how](content, chance) for _ in range(2 * count))
     return islice((damaged for damaged in some if damaged != content), count)
 
 
 def is_refused(path: Path, damaged: bytes, run: Callable[[], Any]) -> bool:
-    """Whether what runs on a damaged file refuses it in a line, and leaves it."""
+    """Whether a call on a damaged file raises a one-line error and leaves the file unchanged."""
     path.write_bytes(damaged)
     try:
         run()
@@ -178,7 +178,7 @@ def test_a_file_without_a_digest_is_refused(name: str, key: str, folder: Path) -
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_checkpoint_that_this_fit_would_not_write_is_refused(seed: int, folder: Path) -> None:
-    """As another version of this package might leave it: whole, but with other contents."""
+    """As another version of this package might write it: valid, but with other contents."""
     path, chance = folder / "checkpoint.safetensors", random.Random(seed)
     found = Checkpoint.read(path)
     for _ in range(10):
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_device_is_resumed(device: str, folder: Path, mo
     def with_cuda(_: torch.device) -> dict[str, Tensor]:
         return {"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
 
-    if device == "cpu":  # the one that resumes; the other wrote it
+    if device == "cpu":  # the fit that resumes, not the one that wrote it
         path = folder / "checkpoint.safetensors"
         found = Checkpoint.read(path)
         write_whole(path, Checkpoint({**found.tensors, "global/cuda": torch.zeros(16)}, found.facts).packed())
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_device_is_resumed(device: str, folder: Path, mo
         ("settings", []),
     ],
 )
-def test_facts_of_another_form_are_refused(name: str, value: Any, folder: Path) -> None:
+def test_metadata_of_another_form_is_refused(name: str, value: Any, folder: Path) -> None:
     path = folder / "checkpoint.safetensors"
     found = Checkpoint.read(path)
     write_whole(path, Checkpoint(found.tensors, {**found.facts, name: value}).packed())
@@ -254,11 +254,11 @@ def test_another_precision_is_another_fit(folder: Path) -> None:
         fit(flow().double(), gaussian_rows(100), folder=folder, resume=True, max_epochs=2, **OPTIONS)
 
 
-# -- no room on the disk ----------------------------------------------------------------------------------------------
+# -- no room on the disk -----------------------------------------------------------------------------------------------
 
 
 def full(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full once so many files have been written to it."""
+    """Simulate a disk that is full after a number of files."""
     written = iter(range(10**6))
 
     def fsync(_: int) -> None:
@@ -286,7 +286,7 @@ def test_a_full_disk_ends_no_fit_under_way(at: int, tmp_path: Path, monkeypatch:
 
 
 class Removing(MAF):
-    """A flow that removes a folder while it is trained."""
+    """A flow that removes a folder during training."""
 
     at: ClassVar[Path]
 

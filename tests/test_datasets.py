@@ -1,4 +1,4 @@
-"""Toys against their own densities, images against how they are said to be prepared."""
+"""Toys against their densities, and images against their documented preparation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_maf.datasets import images as images_module
 
 toys = pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.name)
 
-# Windows that hold all but a millionth of each toy; the funnel's is for (x1, x2 exp(-x1 / 2)).
+# Windows with all but a millionth of each toy's probability; the funnel's is for (x1, x2 exp(-x1 / 2)).
 WINDOWS = {
     "Figure 1": ((-6.0, 40.0), (-13.0, 13.0)),
     "Funnel": ((-16.0, 16.0), (-6.0, 6.0)),
@@ -24,7 +24,7 @@ CELLS, COARSE = 500, 20
 
 
 def cell_probabilities(toy):
-    """The probability of each of COARSE x COARSE cells of a toy's window, from its density on a fine grid."""
+    """Probability of each of COARSE x COARSE cells of a toy's window, by integration on a fine grid."""
     middles = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS
     axes = [low + (high - low) * middles for low, high in WINDOWS[toy.name]]
     area = math.prod((high - low) / CELLS for low, high in WINDOWS[toy.name])
@@ -36,7 +36,7 @@ def cell_probabilities(toy):
 
 
 def cell_counts(toy, y):
-    """How many points of `y` each cell holds."""
+    """Number of points of `y` in each cell."""
     if isinstance(toy, Funnel):
         y = torch.stack([y[:, 0], y[:, 1] * (-y[:, 0] / 2).exp()], -1)
     low, high = torch.tensor(WINDOWS[toy.name], dtype=y.dtype).T
@@ -176,7 +176,7 @@ def test_a_uniform_density_over_pixels_costs_log2_of_the_levels(levels):
 
 
 def test_a_density_within_the_right_level_costs_no_bits():
-    # A model that is certain of every level has density `levels` on it, and 0 elsewhere.
+    # A model that is certain of the level has density `levels` within it, and 0 elsewhere.
     pixels = LogitPixels(levels=17)
     y = pixels.to_logits(torch.full((64,), 0.3, dtype=torch.float64))
     log_prob = 64 * math.log(17) - pixels.log_jacobian(y)

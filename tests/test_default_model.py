@@ -1,4 +1,4 @@
-"""The model that fit chooses: by rows and columns, and without overfitting of few rows."""
+"""The model that fit chooses by the numbers of rows and columns, which does not overfit few rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pyro_maf.training.choice import DefaultFlow, default_model
 from pyro_maf.training.preparation import Recipe
 
 
-def test_the_default_heeds_rows_and_columns() -> None:
+def test_the_default_depends_on_rows_and_columns() -> None:
     few, recipe = default_model(4, 100, seed=0)
     assert isinstance(few, MixtureFlow)
     assert recipe == Recipe(32, 0.03, relaxations=2, starts=True, joins=True)
     flow, recipe = default_model(4, 100, seed=0, default=DefaultFlow(has_rsample=True))
     assert isinstance(flow, NSF)
     assert not recipe.starts
-    # A linear layer is one more.
+    # One more for the linear layer.
     assert [len(cast("NSF", default_model(4, rows, seed=0)[0])) for rows in (1000, 10_000)] == [3 + 1, 5 + 1]
     wide, many, few = (
         cast("NSF", default_model(*each, seed=0)[0]) for each in ((80, 10_000), (30, 10_000), (30, 2000))
@@ -85,7 +85,7 @@ def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.
 
 
 def test_weight_decay_keeps_a_flow_of_many_columns_ahead_of_a_gaussian() -> None:
-    """Of more columns than a flow can learn from as many rows: without, it is behind what it contains."""
+    """With this many columns and rows, a flow without weight decay is behind the Gaussian that it contains."""
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(40, 40, generator=generator) / 5 + torch.eye(40)
     rows = torch.randn(700, 40, generator=generator) @ factor.T
@@ -98,14 +98,14 @@ def test_weight_decay_keeps_a_flow_of_many_columns_ahead_of_a_gaussian() -> None
 
 
 def test_few_rows_count_by_what_they_gain_over_the_mixture_beyond_chance(tmp_path: Path) -> None:
-    rows = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) ** 3  # whose edge no Gaussians have
+    rows = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) ** 3  # with an edge that no Gaussians have
     whole = fit(rows, max_epochs=40, progress=False)
     fit(rows, max_epochs=20, folder=tmp_path, progress=False)
     resumed = fit(rows, max_epochs=40, folder=tmp_path, resume=True, progress=False)
     assert torch.equal(resumed.score(rows), whole.score(rows))
     assert whole.best_epoch
     assert whole.validation_log_likelihood == pytest.approx(-whole.validation_loss[whole.best_epoch - 1], abs=1e-5)
-    few = fit(rows[:30], max_epochs=40, progress=False)  # three rows for validation, which say nothing
+    few = fit(rows[:30], max_epochs=40, progress=False)  # three validation rows, which are uninformative
     assert (few.best_epoch, len(few.validation_rows.data)) == (0, 3)
     assert not few.warnings
 
@@ -117,7 +117,7 @@ def test_clusters_of_more_rows_than_a_flow_starts_with_have_their_mixture_beside
     rows, new = (centres[random.integers(3, size=count)] + random.normal(size=(count, 2)) for count in (600, 5000))
     squares = np.square(new[:, None] - centres).sum(2)
     truth = np.log(np.exp(-squares / 2).sum(1) / (6 * np.pi)).mean()
-    assert truth - float(fit(rows, progress=False).score(new).mean()) < 0.04  # 0.08 of the flow alone
+    assert truth - float(fit(rows, progress=False).score(new).mean()) < 0.04  # 0.08 for the flow alone
 
 
 @pytest.mark.filterwarnings("ignore:fit")
@@ -141,7 +141,7 @@ def test_a_table_of_near_copies_has_kernels_at_its_rows_beside_the_flow(tmp_path
     assert torch.equal(again.log_prob(new), whole.density.log_prob(new))
 
 
-def test_an_ordinary_table_has_none() -> None:
+def test_an_ordinary_table_has_no_kernels() -> None:
     rows = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
     result = fit(rows, max_epochs=10, progress=False)
     assert isinstance(cast(FlowPrior, result.density).model, NSF)
@@ -191,7 +191,7 @@ def test_a_mixture_finds_unequal_clusters() -> None:
 
 
 def long_tailed_clusters(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of three clusters of Student's t with three degrees of freedom, and their log-densities."""
+    """Rows of three clusters with Student's t distributions of three degrees of freedom, and their log-densities."""
     generator = torch.Generator().manual_seed(2)
     centres = 2 * torch.randn(3, 4, generator=generator, dtype=torch.float64)
     factors = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64).tril() / 2
@@ -216,7 +216,7 @@ def test_clusters_with_long_tails_have_four_gaussians_each_and_keep_their_units(
 
 
 def bent_flow() -> MixtureFlow:
-    """A flow that is not the identity, its weights drawn from the global generator after seeding that."""
+    """A flow with random weights, drawn after seeding the global generator."""
     torch.manual_seed(0)
     flow = MixtureFlow(2, num_layers=1, hidden_dims=[16])
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_one_row_far_out_does_not_widen_the_mixture() -> None:
 
 
 def test_the_mixture_of_few_rows_sees_their_context() -> None:
-    """Its components regress on the context, so that a density of few rows starts as more than their scatter."""
+    """The components regress on the context."""
     generator = torch.Generator().manual_seed(0)
     context = torch.randn(200, 2, generator=generator)
     slopes = torch.tensor([[1.0, -0.5], [0.3, 2.0]])
@@ -273,7 +273,7 @@ def test_the_mixture_of_few_rows_sees_their_context() -> None:
     new = torch.randn(2000, 2, generator=generator)
     truth = -2 * (math.log(0.3) + 0.5 * math.log(2 * math.pi * math.e))
     at_new = new @ slopes + 0.3 * torch.randn(2000, 2, generator=generator)
-    assert result.score(at_new, new).mean() > truth - 0.4  # after one epoch, in which a flow alone learns little
+    assert result.score(at_new, new).mean() > truth - 0.4  # one epoch, in which a flow alone learns little
     with_text = pd.DataFrame({"x": rows[:, 0].numpy(), "y": rows[:, 1].numpy(), "kind": ["a", "b"] * 100})
     kind = (torch.arange(200) % 2)[:, None] * 5.0
     with_text["x"] += kind[:, 0].numpy()

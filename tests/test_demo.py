@@ -1,4 +1,4 @@
-"""The demo, made small, and what it has to show of the paper's Figure 1."""
+"""The demo at a small size, and its reproduction of the paper's Figure 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_maf.datasets import Dataset, FigureOne
 def demo():
     spec = importlib.util.spec_from_file_location("demo", Path(__file__).parent.parent / "examples" / "demo.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # where its dataclasses look for their types
+    sys.modules["demo"] = module  # where dataclasses look up their types
     spec.loader.exec_module(module)
     return module
 
@@ -31,7 +31,7 @@ def test_five_layers_learn_figure_one_and_one_layer_in_the_same_order_does_not(d
     assert len(task.data.test) == 10_000
     assert scores["MAF (5)"].mean == pytest.approx(-toy.entropy, abs=0.03)
     assert true.mean - scores["MAF (5)"].mean < 0.03
-    # 0.23 in units in which the long tail of x1 looks normal; without them MADE is another 0.1 behind.
+    # 0.23 in units in which the long tail of x1 looks normal, 0.1 more without them.
     assert true.mean - scores["MADE"].mean > 0.2
     assert true.mean - scores["Gaussian"].mean > 0.5
 
@@ -40,7 +40,7 @@ def test_five_layers_learn_figure_one_and_one_layer_in_the_same_order_does_not(d
 def test_the_demo_prints_its_table_and_writes_its_pictures(demo, tmp_path, monkeypatch):
     toy = FigureOne()
     full = demo.figure_one(toy), demo.image_patches()
-    # Normal rows in place of patches: tails of 63 columns would be judged for seconds in each fit.
+    # Normal rows instead of patches, whose 63 columns would take seconds of tail estimation in each fit.
     data = toy.dataset(300, 100, 100), Dataset(full[1].data.name, *torch.randn(500, 63).split([300, 100, 100]))
     small = [
         dataclasses.replace(task, data=part, epochs=dict.fromkeys(task.models, 1))

@@ -1,4 +1,4 @@
-"""Whether to trust a guide: k-hat, verdicts, reweighting, and draws for arviz."""
+"""Diagnosis of guides: k-hat, verdicts, reweighting, and conversion to arviz."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_k_hat_of_weights_that_hardly_differ_is_explained_rather_than_shown() ->
     assert found.grade == "good"
     assert "99.8 % of the draws are effective and 1.4 % of the probability is misplaced" in found.verdict
     assert "k-hat 1.08 is the shape of the tail of these weights, not its size" in found.verdict
-    assert repr(found).count("k-hat") == 1  # in the verdict, and not among the figures
+    assert repr(found).count("k-hat") == 1  # in the verdict, but not among the figures
     assert repr(replace(found, k_hat=0.3)).count("k-hat 0.30") == 2
 
 
@@ -115,7 +115,7 @@ def test_weights_that_hardly_differ_need_no_light_tail_to_reweight_by(k_hat: flo
 
 
 def test_log_evidence_and_misplaced_probability_are_those_of_the_model() -> None:
-    """Normals half a deviation apart: their total variation distance is 2 Phi(0.25) - 1."""
+    """Normals half a standard deviation apart have a total variation distance of 2 Phi(0.25) - 1."""
 
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -143,7 +143,7 @@ def test_the_evidence_counts_draws_that_cannot_be_scored_as_outside_of_the_suppo
 
 
 def test_an_improper_posterior_is_said_to_be_one(recwarn: pytest.WarningsRecorder) -> None:
-    """All of its draws far away were once effective, with an ELBO of 8e36 nats."""
+    """Its draws diverge with equal weights, here to an ELBO of 8e36 nats."""
 
     def model() -> None:
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -178,15 +178,15 @@ def test_the_error_of_k_hat_is_its_spread_between_sets_of_draws() -> None:
     assert error == pytest.approx(float(shapes.std()), rel=0.4)
 
 
-def test_a_guide_that_is_off_is_not_called_good_for_its_light_tail() -> None:
-    """A normal that is too wide has bounded weights, and draws that are told from the posterior's in three of five."""
+def test_a_wrong_guide_with_a_light_tail_is_not_called_good() -> None:
+    """A normal that is too wide has bounded weights, though a classifier recognises three of five of its draws."""
     found = diagnose(standard, normal(scale=1.5))
     assert found.k_hat < 0.5
     assert found.grade == "usable"
 
 
 def positive(raises: bool) -> Any:
-    """A half of a normal, on all numbers: the other half cannot be scored."""
+    """A half-normal density with real support, whose negative values cannot be scored."""
 
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -221,7 +221,7 @@ def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
 
 
 def test_a_guide_of_sites_that_the_model_does_not_have_is_refused() -> None:
-    """Their density stood against none, so that the bound exceeded the evidence."""
+    """Without their density in the model, the bound would exceed the evidence."""
 
     def larger(y: Tensor | None = None) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -245,8 +245,8 @@ def test_a_guide_of_sites_that_the_model_does_not_have_is_refused() -> None:
             call()
 
 
-def test_a_guide_that_is_off_is_no_posterior_for_the_rounding_of_a_large_likelihood() -> None:
-    """Of a million rows the density is rounded by some nats, at most; that is no reason to trust a guide."""
+def test_rounding_of_a_large_likelihood_does_not_excuse_a_wrong_guide() -> None:
+    """The density of a million rows is rounded by a few nats, which must not excuse a wrong guide."""
     pyro.set_rng_seed(3)
     y = torch.tensor([0.9, -1.1, 1.6, -1.4])
 
@@ -256,7 +256,7 @@ def test_a_guide_that_is_off_is_no_posterior_for_the_rounding_of_a_large_likelih
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     def guide() -> None:
-        pyro.sample("z", dist.Normal(7e-4, 1e-3))  # of a posterior of N(0, 0.001)
+        pyro.sample("z", dist.Normal(7e-4, 1e-3))  # the posterior is N(0, 0.001)
 
     found = diagnose(model, guide)
     assert found.ess == pytest.approx(10_000 * math.exp(-0.49), rel=0.1)
@@ -292,7 +292,7 @@ ANGLES: dict[str, Any] = {
 
 @pytest.mark.parametrize("prior", ANGLES.values(), ids=ANGLES)
 def test_draws_over_many_turns_of_an_angle_get_no_verdict(prior: Any) -> None:
-    """Every turn has the density of the first, so that a bound over n of them is log n above what is true."""
+    """All turns have the same density, so the bound over n of them is too high by log n."""
 
     def model() -> None:
         pyro.sample("angle", prior)
@@ -391,7 +391,7 @@ def test_reweighting_a_hopeless_guide_warns() -> None:
         reweight(standard, normal(6.0, 0.2), num_samples=100)
 
 
-def test_reweighting_says_nothing_of_a_heavy_tail_that_hardly_weighs() -> None:
+def test_reweighting_does_not_warn_of_a_heavy_tail_without_weight() -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("tail", 1e-4 * torch.exp(0.45 * z**2))
@@ -437,7 +437,7 @@ def test_draws_become_inference_data(make: Any) -> None:
 
 def in_python(y: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    shift = 1.0 if float(loc) > 0 else -1.0  # so it is run for each draw
+    shift = 1.0 if float(loc) > 0 else -1.0  # so the model is run for each draw
     pyro.factor("penalty", -loc.abs())
     pyro.deterministic("twice", 2 * loc)
     with pyro.plate("rows", 3):
@@ -475,7 +475,7 @@ def test_arviz_leaves_rows_out_by_the_draws_of_a_guide() -> None:
 def test_a_fresh_guide_of_a_skewed_posterior_says_how_good_it_is() -> None:
     found = diagnose(counting, GUIDES[1](counting, **SMALL))
     assert found.k_hat < 0.7
-    assert found.num_samples == 100_000  # more than asked for, as k-hat of 10,000 is near 0.5
+    assert found.num_samples == 100_000  # more draws than requested, since k-hat of 10,000 is near 0.5
     assert 50_000 < found.ess < 100_000
 
 
@@ -486,8 +486,8 @@ def test_weights_that_differ_by_hundreds_of_nats_are_judged_without_a_warning() 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_a_guide_that_lacks_far_tails_a_few_weights_do_not_decide(seed: int) -> None:
-    """Its weights are even, but for a dozen of them that a tail of shape 5 was fitted to: 0.2 to 0.5, up to there."""
+def test_a_few_large_weights_do_not_decide_the_verdict(seed: int) -> None:
+    """Its weights are equal except for a dozen, whose fitted tail shape reaches 5; below them it is 0.2 to 0.5."""
     prior, wide = dist.StudentT(1.5, 0.0, 1.0), dist.Normal(0.0, 1.5)
     pyro.set_rng_seed(seed)
     found = diagnose(lambda: pyro.sample("z", prior), lambda: pyro.sample("z", wide))
@@ -499,7 +499,7 @@ def test_of_a_guide_that_lacks_far_tails_a_few_weights_do_not_decide(seed: int) 
 
 
 def test_more_draws_decide_where_k_hat_is_within_its_error_of_the_cuts() -> None:
-    """Weights exp(0.7 z) of an exponential z have a tail of shape 0.7, and exp(0.05 z) of a wider one of 0.14."""
+    """Weights exp(0.7 z) for exponential z have a tail of shape 0.7, exp(0.05 z) for a wider one 0.14."""
 
     def model() -> None:
         pyro.sample("z", dist.Exponential(0.3))

@@ -1,4 +1,4 @@
-"""Densities: that they are densities, that draws follow them, and that they are good modules."""
+"""Densities: they integrate to 1, draws follow them, and they behave as modules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _units(input_dim: int) -> dict[str, Tensor]:
 
 
 def _started(density: MixtureFlow) -> MixtureFlow:
-    """The density on a base of three components."""
+    """Add a base with three components."""
     generator = torch.Generator().manual_seed(0)
     clusters = torch.arange(3.0).repeat_interleave(200)[:, None] - 1
     density.base.start_at(clusters + 0.3 * torch.randn(600, density.input_dim, generator=generator))
@@ -81,7 +81,7 @@ every_conditional = pytest.mark.parametrize("make", CONDITIONAL.values(), ids=CO
 
 
 def shaken(module: Any, size: float = 0.3) -> Any:
-    """The module in float64 and eval mode with its parameters moved away from where they start."""
+    """The module in float64 and eval mode with random parameters."""
     module.double().eval()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -112,7 +112,7 @@ def test_integrates_to_one(make: Callable[[int], Density], input_dim: int, reach
         assert float(density.log_prob(y).exp().sum() * cell) == pytest.approx(1, abs=2e-4)
 
 
-def test_what_a_context_is_wanted_for_is_said() -> None:
+def test_the_error_for_a_missing_context_says_what_needs_it() -> None:
     density = CONDITIONAL["ConditionalFlowPrior of MAF"](2, 1)
     for name in ("log_prob", "sample", "rsample"):
         with pytest.raises(AttributeError, match=rf"^ConditionalFlowPrior has no {name}, .* use condition\(context\)"):
@@ -145,7 +145,7 @@ def test_draws_follow_the_density_in_one_dimension(make: Callable[[int], Density
     scores = density.log_prob(draws).detach()
     entropy = -(p * p.clamp(min=1e-300).div(cell).log()).sum()
     assert abs(float(scores.mean() + entropy)) < 4 * float(scores.std()) / math.sqrt(len(draws))
-    # Kolmogorov-Smirnov at the 0.1 % level.
+    # Kolmogorov-Smirnov test at the 0.1 % level.
     cdf = p.cumsum(0)[torch.searchsorted(y[:, 0].contiguous(), draws[:, 0].contiguous())].sort().values
     ranks = torch.arange(1, len(draws) + 1) / len(draws)
     assert float((cdf - ranks).abs().max()) < 1.95 / math.sqrt(len(draws)) + 1e-3
@@ -153,7 +153,7 @@ def test_draws_follow_the_density_in_one_dimension(make: Callable[[int], Density
 
 @every_density
 def test_draws_follow_the_density_in_many_dimensions(make: Callable[[int], Density]) -> None:
-    """E_p[q(y) / p(y)] = 1 for any density q whose tails are lighter: here a narrower normal."""
+    """E_p[q(y) / p(y)] = 1 for any density q with lighter tails, here a narrower normal."""
     density = shaken(make(4), 0.05)
     draws = density.sample([20_000])
     centre, narrow = draws.mean(0), 0.5 * draws.std(0)
@@ -289,7 +289,7 @@ def test_starts_near_the_standard_normal(make: Callable[[], Density]) -> None:
 
 
 def test_components_can_become_different() -> None:
-    """Two peaks that no single normal fits: the mixture finds them, so its components did not move as one."""
+    """The mixture fits two peaks, so its components do not stay equal."""
     density = MADEMoG(1, num_components=4, **SMALL)
     sign = torch.randint(0, 2, (2000, 1)) * 2.0 - 1
     y = sign + 0.1 * torch.randn(2000, 1)
@@ -428,7 +428,7 @@ def test_log_prob_compiles_whole(name: str) -> None:
     density = shaken(DENSITIES[name](3))
     y = torch.randn(5, 3, dtype=torch.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
+        warnings.simplefilter("ignore")  # of the compiler
         compiled = torch.compile(density.log_prob, fullgraph=True, backend="eager")(y)
     torch.testing.assert_close(compiled, density.log_prob(y))
 

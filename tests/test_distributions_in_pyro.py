@@ -92,7 +92,7 @@ def test_trains_by_svi_as_a_guide(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [MADEMoG, lambda d: FlowPrior(MAF(d, num_layers=1, **SMALL))])
 def test_nuts_takes_it_for_a_prior(make: Callable[[int], Density]) -> None:
-    """With a standard normal prior the posterior is known, and a fresh density is nearly that."""
+    """An untrained density is nearly the standard normal prior, under which the posterior is known."""
     prior = make(2)
     observed = torch.tensor([1.0, -1.0])
 

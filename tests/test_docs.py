@@ -1,4 +1,4 @@
-"""The pages of docs/: their code prints what they say it prints, and their commands do what they show."""
+"""The pages of docs/: code and commands have the output that they show."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_code_prints_what_its_page_says(page: Path, tmp_path: Path, monkeypatch:
 def test_each_recipe_runs_by_itself_after_the_first_code_of_its_page(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As pasted into a new session, without a warning that the page does not speak of."""
+    """As if pasted into a new session, and without unexpected warnings."""
     monkeypatch.chdir(tmp_path)
     start, *recipes = sections(page).values()
     common: dict[str, Any] = {"__name__": page.stem}
@@ -62,7 +62,7 @@ def test_each_recipe_runs_by_itself_after_the_first_code_of_its_page(
     "module", ["flows", "transforms", "distributions", "infer", "training", "datasets", "experiments"]
 )
 def test_every_public_name_has_its_place_among_the_api(module: str) -> None:
-    """On pages that list them, in an order to be read in; the others show whatever is public."""
+    """For pages that list names explicitly."""
     listed = set(re.split(r"[^\w]+", (ROOT / "docs" / "api" / f"{module}.md").read_text(encoding="utf-8")))
     public = importlib.import_module(f"pyro_maf.{module}").__all__
     assert set(public) - listed == set()
@@ -70,7 +70,7 @@ def test_every_public_name_has_its_place_among_the_api(module: str) -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    """A name with folders by its path in the repository or the package, one alone as a file of any folder."""
+    """A path is relative to the repository or the package; a bare name may be in any folder."""
     named = set(re.findall(r"`([a-z_/]+\.py)`", page.read_text(encoding="utf-8")))
     folders = ("pyro_maf", "tests", "docs", "benchmarks", "examples")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
@@ -88,7 +88,7 @@ def test_version_is_the_same_everywhere() -> None:
     assert f"version = {{{released[1]}}}" in (ROOT / "docs" / "citation.md").read_text(encoding="utf-8")
 
 
-def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+def test_broken_links_are_found(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(
         '<h1 id="here"></h1><a href="page.html#here"></a><a href="https://else.where"></a>'
     )
@@ -103,7 +103,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
 
 
 def commands(page: Path) -> list[tuple[list[str], list[str]]]:
-    """Each command that a page shows, as arguments, and the lines that it shows below."""
+    """Arguments of each command on a page, and the output shown below it."""
     found: list[tuple[list[str], list[str]]] = []
     for block in CONSOLE.finditer(page.read_text(encoding="utf-8")):
         for line in block["lines"].splitlines():
@@ -115,13 +115,13 @@ def commands(page: Path) -> list[tuple[list[str], list[str]]]:
 
 
 def gist(line: str) -> str:
-    """A line without its numbers, the width that they give to a table, and why a fit stopped, as rounding may say."""
+    """A line without numbers, table widths and the reason why a fit stopped, which depend on rounding."""
     line = re.sub(r"stopped: .*?\. See", "stopped: #. See", line)
     return " ".join(re.sub("─+", "─", NUMBER.sub("#", line)).split())
 
 
 def test_commands_do_what_their_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for numbers, which machines and their load have a part in."""
+    """Except for numbers, which depend on the machine and its load."""
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "command-line.md"
     run(whole(page), page)

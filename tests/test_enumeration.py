@@ -1,4 +1,4 @@
-"""Discrete sites that are summed out, and draws that no guide has."""
+"""Discrete sites that are summed out, and random choices of a model that a guide does not have."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def global_summed(rows: int | None = None) -> None:
 
 
 def two_plates(rows: int | None = None) -> None:
-    """Groups with a discrete variable each, and one for each of their rows, some of which are masked."""
+    """A discrete variable for each group and each of its rows, some of which are masked."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     mask = torch.tensor([[True, True], [True, False], [True, True], [False, True]])
     with pyro.plate("groups", 4, dim=-2, subsample_size=rows) as i:
@@ -180,7 +180,7 @@ def test_everything_that_scores_sums_them_out() -> None:
         assert diagnose(mixture, guide, size).elbo == pytest.approx(diagnose(summed, guide).elbo, abs=0.02)
     data = to_arviz(mixture, guide, num_samples=100)
     assert set(data.posterior) == {"mu"}
-    assert not hasattr(data, "log_likelihood")  # of rows that share what is summed out
+    assert not hasattr(data, "log_likelihood")  # rows share the site that is summed out
     noise = {"AutoIAF_shared_latent": torch.zeros(1)}
     mcmc = MCMC(NUTS(neutra(mixture, guide), max_tree_depth=3), num_samples=40, warmup_steps=10, disable_progbar=True)
     mcmc.run()
@@ -300,8 +300,8 @@ def test_other_random_numbers_in_a_model_are_refused(draw: Any) -> None:
         fit_guide(model, AutoIAF(model, **SMALL), steps=5, **QUICK)
 
 
-def test_random_numbers_that_do_not_matter_are_nobody_s_business() -> None:
-    """As those that a parameter would start from."""
+def test_random_numbers_without_effect_are_accepted() -> None:
+    """Such as those of a parameter's initial value."""
 
     def model() -> None:
         loc = pyro.param("loc", torch.randn(()))

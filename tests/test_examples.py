@@ -1,4 +1,4 @@
-"""The worked examples, made small: that they run, and that what they compare is computed right."""
+"""The examples at a small size: they run, and their comparisons are right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclasses look for their types
+    sys.modules[name] = module  # where dataclasses look up their types
     spec.loader.exec_module(module)
     return module
 
@@ -61,7 +61,7 @@ def test_both_autoencoders_start_from_the_same_networks(vae: ModuleType) -> None
 
 @pytest.mark.parametrize("name", ["normals", "flows"])
 def test_the_scores_are_the_elbo_that_pyro_maximises(vae: ModuleType, name: str) -> None:
-    """Pyro's own estimate from model and guide, and ours from densities: the same to the noise of either."""
+    """Pyro's estimate from model and guide and ours from densities are equal up to their noise."""
     autoencoder, x = vae.make(name, vae.Settings()), vae.digits().test[:20]
     elbo = pyro.infer.Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1)
     scores = vae.score(autoencoder, x, particles=200)

@@ -1,4 +1,4 @@
-"""The paper's models by name, its settings, and the comparison of models on a set of data."""
+"""The paper's models by name, its settings, and the comparison of models on a data set."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_models_are_scored_on_the_test_rows_and_set_against_the_best(toy):
     assert found.missing == ()
 
 
-def test_of_the_widths_that_were_tried_those_count_that_validate_best():
+def test_the_widths_with_the_best_validation_score_count():
     narrow, wide = candidates(["MADE"], hidden_dims=[[8], [16]])
     log_prob = torch.zeros(3, dtype=torch.float64)
     tried = (Score(narrow, log_prob, None, -1.0, 1, 1, 1.0, ""), Score(wide, log_prob - 9, None, -0.5, 1, 1, 1.0, ""))
@@ -194,7 +194,7 @@ def test_what_was_fitted_before_is_read_back_to_the_bit(toy, tmp_path, monkeypat
         assert torch.equal(density.log_prob(toy.test).double(), first.scores[2].log_prob)
 
 
-def test_what_was_fitted_otherwise_is_neither_taken_nor_overwritten(toy, tmp_path):
+def test_fits_with_other_settings_are_neither_used_nor_overwritten(toy, tmp_path):
     compare(toy, SMALL[:2], folder=tmp_path, **QUICK)
     before = (tmp_path / "made-8" / "score.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"MADE in .*made-8 fitted with other options"):

@@ -1,4 +1,4 @@
-"""Densities as other programs run them: `torch.jit.trace` and `torch.export` of a module that holds one."""
+"""Export of densities: `torch.jit.trace` and `torch.export` of a module that contains one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYER: dict[str, Any] = {"num_layers": 1, **SMALL}
 
 
 class Scored(nn.Module):
-    """The log-density of rows, at a context where there is one."""
+    """Log-density of rows, given a context if the density has one."""
 
     def __init__(self, density: Any) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ TRAINABLE = ("IAF", "MAF")
 
 
 def trained(name: str) -> tuple[Scored, Callable[[int], tuple[Tensor, ...]]]:
-    """A density with weights that matter, as after training, and rows for it."""
+    """A density with random weights, as if trained, and rows for it."""
     torch.manual_seed(0)
     density = DENSITIES[name]()
     with torch.no_grad():
@@ -74,10 +74,10 @@ def trained(name: str) -> tuple[Scored, Callable[[int], tuple[Tensor, ...]]]:
     ("name", "frozen"), [*((name, True) for name in DENSITIES), *((name, False) for name in TRAINABLE)]
 )
 def test_a_module_that_holds_a_density_is_traced(name: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tracing reads every attribute that is listed, each of which may cost ten thousand draws, or raise."""
+    """Tracing reads every listed attribute, so these must not draw or raise."""
     scored, rows = trained(name)
     scored.requires_grad_(not frozen)
-    monkeypatch.setattr(density, "DRAWS", None)  # so that drawing them fails
+    monkeypatch.setattr(density, "DRAWS", None)  # so that sampling fails
     traced = torch.jit.trace(scored, rows(4))
     for count in (7, 300):
         torch.testing.assert_close(traced(*(given := rows(count))), scored(*given), rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_scoring_is_exported_for_any_number_of_rows(name: str, frozen: bool) -> 
     example = rows(4)
     shapes = {name: {0: number} for name in ("x", "context")[: len(example)]}
     exported = torch.export.export(scored, example, dynamic_shapes=shapes, strict=False).module()
-    for count in (2, 7, 1_000):  # of which the last has values in the networks' tails
+    for count in (2, 7, 1_000):  # the last of which reaches the networks' tails
         given = tuple(10 * part for part in rows(count))
         torch.testing.assert_close(exported(*given), scored(*given), rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Without extras: what works all the same, and what says in one line what to install."""
+"""The package without extras: what works, and one-line errors that say what to install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fitting a guide: what it finds, why it stops, and what it bears."""
+"""Fitting a guide: accuracy, stopping, robustness, output and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AutoMAF, AutoIAF, AutoRealNVP = GUIDES
 
 @pytest.fixture(autouse=True)
 def _few_diagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the draws in a diagnosis: most tests are of what comes before."""
+    """Use a tenth of the draws in a diagnosis, which most tests do not examine."""
     monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
 
 
@@ -44,7 +44,7 @@ of_the_verdict = pytest.mark.usefixtures("_all_diagnosed")
 
 
 class Counted:
-    """A model that does something at one of its runs."""
+    """A model that calls a function in one of its runs."""
 
     def __init__(self, at: float, action: Any, model: Any = counting) -> None:
         self.runs = 0
@@ -58,7 +58,7 @@ class Counted:
 
 
 def in_turn() -> None:
-    """A model that has to be run for each draw."""
+    """A model that must be run for each draw."""
     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     loc = z[0] if z[1] > -5 else z[0] - 1
     pyro.sample("y", dist.Normal(loc, 0.5), obs=torch.tensor(1.0))
@@ -98,7 +98,7 @@ def test_finds_a_gamma_posterior() -> None:
     assert fit.diagnosis.ess > 0.98 * fit.diagnosis.num_samples
 
 
-# -- why it stops ------------------------------------------------------------------------------------------------------
+# -- stopping ----------------------------------------------------------------------------------------------------------
 
 
 def standard() -> None:
@@ -106,7 +106,7 @@ def standard() -> None:
 
 
 def test_stops_once_the_bound_has_converged() -> None:
-    """Of a guide that is the posterior from the first: six windows of 100 steps find nothing to gain."""
+    """A guide that starts as the posterior stops after six windows of 100 steps without a gain."""
 
     def guide() -> None:
         pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.0)), 1.0))
@@ -212,7 +212,7 @@ def test_a_second_ctrl_c_before_the_first_step_is_over_ends_the_fit() -> None:
 
     def press_at_the_first_step(model: Counted) -> None:
         with_gradient.append(model.runs)
-        if len(with_gradient) > 3:  # behind what looks at the model
+        if len(with_gradient) > 3:  # after the runs that inspect the model
             press_twice(model)
 
     model._action, model._at = press_at_the_first_step, 0
@@ -232,7 +232,7 @@ def test_the_learning_rate_warms_up_is_halved_and_ends() -> None:
     assert len(rates) == 6 * 100
 
 
-def test_what_gains_slowly_is_looked_at_for_longer() -> None:
+def test_slow_gains_are_assessed_over_longer_windows() -> None:
     schedule = Schedule(0.01, steps=100_000)
     windows, begun = [], 0
     for step in range(5_000):
@@ -246,7 +246,7 @@ def test_what_gains_slowly_is_looked_at_for_longer() -> None:
     assert schedule.learning_rate == 0.01
 
 
-def test_one_draw_far_off_is_no_end_of_the_gains() -> None:
+def test_an_outlying_draw_does_not_end_a_fit() -> None:
     schedule = Schedule(0.01, steps=100_000)
     for step in range(1_000):
         schedule.step(1e6 if step % 97 == 5 else -0.01 * step)
@@ -257,7 +257,7 @@ def test_one_draw_far_off_is_no_end_of_the_gains() -> None:
     ("spread", "steps", "reason"), [(0.02, 100, "of the draws are effective"), (0.07, 500, "bound")]
 )
 def test_the_schedule_ends_when_the_draws_are_effective(spread: float, steps: int, reason: str) -> None:
-    """However much the bound still gains."""
+    """Even if the bound still gains."""
     schedule, good = Schedule(0.01, steps=100_000), []
     while not schedule.stop_reason:
         good.append(schedule.step(float(-len(good)), spread * torch.randn(32)))
@@ -268,7 +268,7 @@ def test_the_schedule_ends_when_the_draws_are_effective(spread: float, steps: in
 
 @pytest.mark.parametrize(("nats", "share", "ends"), [(30.0, 0.03, True), (30.0, 0.1, False), (2.0, 0.03, False)])
 def test_far_from_the_posterior_a_gain_has_to_be_worth_its_window(nats: float, share: float, ends: bool) -> None:
-    """Log weights with a standard deviation of s are s^2 / 2 nats away; a few far off change nothing."""
+    """Log weights with a standard deviation of s are s^2 / 2 nats away; a few outliers change nothing."""
     generator = torch.Generator().manual_seed(0)
     schedule = Schedule(0.01, steps=100_000)
     for step in range(600):
@@ -300,7 +300,7 @@ def test_the_learning_rate_stays_while_the_bound_rises_and_falls_at_the_end() ->
 
 
 def rising(steps: int) -> float:
-    """Where a weight ends that is on the way to a far optimum all along."""
+    """Final value of a weight that moves steadily towards a distant optimum."""
     pyro.clear_param_store()
 
     def model() -> None:
@@ -314,13 +314,13 @@ def rising(steps: int) -> float:
 
 
 def test_a_fit_that_is_cut_short_keeps_its_last_steps() -> None:
-    """The bound rises all along: more steps are better, also where they end within a window of 200."""
+    """While the bound rises more steps are better, even if they end within a window of 200."""
     found = [rising(steps) for steps in (200, 260, 390)]
     assert found == sorted(found)
     assert found[2] > 1.5 * found[0]
 
 
-# -- what it bears -----------------------------------------------------------------------------------------------------
+# -- robustness --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
@@ -338,7 +338,7 @@ def test_steps_that_fail_are_skipped_and_counted(how: str) -> None:
     model = Counted(0, lambda model: None)
     guide = AutoIAF(model, **SMALL).setup()
     model._action = fails
-    model.runs = -50  # well behind what looks at the model before the first step
+    model.runs = -50  # well after the runs that inspect the model before the first step
     fit = fit_guide(model, guide, steps=100, **QUICK)
     assert fit.skipped_steps == len(failures) > 3
     assert len(fit.elbo) == 100 - fit.skipped_steps
@@ -347,7 +347,7 @@ def test_steps_that_fail_are_skipped_and_counted(how: str) -> None:
     assert "steps without a finite loss and gradient skipped" in repr(fit)
 
 
-def test_what_a_model_always_raises_is_raised() -> None:
+def test_an_error_in_every_run_of_the_model_is_raised() -> None:
     def fails(model: Counted) -> None:
         if torch.is_grad_enabled():
             raise ValueError("always singular")
@@ -377,7 +377,7 @@ def test_a_fit_that_breaks_off_ends_with_its_best_weights(how: str) -> None:
 
     def fails(model: Counted) -> None:
         if model.runs < 540:
-            pyro.param("loc").data.fill_(1e3)  # as after a step that is far too long
+            pyro.param("loc").data.fill_(1e3)  # as after a far too long step
         if how == "raises":
             raise ValueError("singular from now on")
         pyro.sample("bad", dist.Normal(math.nan, 1.0, validate_args=False), obs=torch.tensor(0.0))
@@ -428,7 +428,7 @@ def test_an_ordinary_fit_never_retreats() -> None:
 
 
 def hierarchy(groups: int) -> Any:
-    """As many means as groups around a common one, with the scale of their differences to be learned."""
+    """Group means around a common mean, with an unknown scale."""
     y = 1 + 0.3 * torch.randn(groups, generator=torch.Generator().manual_seed(1))
 
     def model() -> None:
@@ -442,7 +442,7 @@ def hierarchy(groups: int) -> Any:
 
 
 def funnel(size: int) -> Any:
-    """Neal's: the scale of all but one is the exponential of that one."""
+    """Neal's funnel: the scale of all variables but one is the exponential of that one."""
 
     def model() -> None:
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
@@ -453,7 +453,7 @@ def funnel(size: int) -> Any:
 
 
 def horseshoe(size: int) -> Any:
-    """A regression with a scale for each of many weights, most of which are 0."""
+    """A regression with many weights, most of which are 0, each with its own scale."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(60, size, generator=generator)
     y = x[:, 0] * 2 - x[:, 1] + torch.randn(60, generator=generator)
@@ -525,7 +525,7 @@ def test_parameters_of_the_model_are_fitted_too() -> None:
 
 
 def test_effective_draws_are_no_end_while_parameters_of_the_model_move() -> None:
-    """With all draws effective, as the posterior of each scale is normal, a scale of 0.56 was once returned."""
+    """The posterior given any scale is normal, so all draws are effective before the scale is fitted."""
     y = torch.tensor(2.0) + 0.5 * torch.linspace(-1.7, 1.7, 200)
 
     def model() -> None:
@@ -586,7 +586,7 @@ def test_a_guide_that_was_set_up_with_other_data_is_set_up_anew() -> None:
 
 
 @of_the_verdict
-def test_a_model_that_broadcasts_is_said_nothing_of() -> None:
+def test_a_model_that_broadcasts_causes_no_message() -> None:
     fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, **QUICK)
     assert fit.run_alone == ""
     assert "for each draw" not in repr(fit)
@@ -595,7 +595,7 @@ def test_a_model_that_broadcasts_is_said_nothing_of() -> None:
 
 @of_the_verdict
 @pytest.mark.parametrize(("steps", "least"), [(10, 200), (105, 210)])
-def test_what_comes_before_and_after_the_steps_costs_in_proportion_to_them(steps: int, least: int) -> None:
+def test_overhead_is_proportional_to_the_number_of_steps(steps: int, least: int) -> None:
     model = Counted(math.inf, lambda model: None, in_turn)
     guide = AutoIAF(model, **SMALL).setup()
     assert model.runs < 450
@@ -618,7 +618,7 @@ def test_arguments_are_the_models_and_amortised_guides_are_fitted() -> None:
     y = torch.tensor([1.0, 2.0])
     fit = fit_guide(model, guide, y, scale=1.0, steps=150, learning_rate=0.05, **QUICK)
     assert float(guide.median(y, scale=1.0)["z"]) == pytest.approx(1.0, abs=0.1)
-    # Not k-hat, which says nothing of weights that hardly differ.
+    # Not k-hat, which is uninformative for nearly equal weights.
     assert fit.diagnosis.ess > 0.97 * fit.diagnosis.num_samples
 
 
@@ -630,7 +630,7 @@ def test_the_same_seed_is_the_same_fit() -> None:
     assert fits[0].elbo == fits[1].elbo
 
 
-# -- what it shows -----------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -653,13 +653,13 @@ def test_a_bar_is_shown_over_the_runs_before_and_after_the_steps_too(
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_no_bar_is_shown_where_nobody_looks(capsys: pytest.CaptureFixture[str], progress: bool) -> None:
+def test_no_bar_is_shown_without_a_terminal(capsys: pytest.CaptureFixture[str], progress: bool) -> None:
     fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, num_particles=2, progress=progress)
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoIAF])
-def test_pyro_is_left_nothing_to_guess_aloud(caplog: pytest.LogCaptureFixture, guide_class: Any) -> None:
+def test_pyro_logs_nothing(caplog: pytest.LogCaptureFixture, guide_class: Any) -> None:
     with caplog.at_level("INFO"):
         fit_guide(counting, guide_class(counting), steps=5, num_particles=2, progress=False)
     assert not caplog.records
@@ -840,14 +840,14 @@ def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
 SHAPES = dist.Gamma(0.5, 1.0), dist.StudentT(2.0), dist.Beta(0.5, 0.5)
 
 
-# Guides of one variable differ by the network, of which it sees nothing.
+# With a single variable guides differ only by the network, which has no input.
 @of_the_verdict
 @pytest.mark.parametrize(
     ("guide_class", "fn"),
     [*((AutoIAF, fn) for fn in SHAPES), (AutoRealNVP, SHAPES[0])],
 )
 def test_a_single_latent_variable_has_any_shape(guide_class: Any, fn: Any) -> None:
-    """Affine layers of one variable are one affine map: 12 % of the probability was misplaced."""
+    """Affine layers of one variable compose to an affine map, which misplaces 12 % of the probability."""
     pyro.set_rng_seed(0)
     model = lambda: pyro.sample("z", fn)  # noqa: E731
     diagnosis = fit_guide(model, guide_class(model), steps=600, progress=False).diagnosis

@@ -1,4 +1,4 @@
-"""Stacks: what is in them, in which order, at which context, and what they say of themselves."""
+"""Stacks: their layers, orders, contexts, representation and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ every_conditional = pytest.mark.parametrize("make", [ConditionalMAF, Conditional
 
 
 def shaken(flow: Any, size: float = 0.3) -> Any:
-    """In float64, moved away from the identity."""
+    """The flow in float64 with random parameters."""
     flow.double()
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -41,7 +41,7 @@ def shaken(flow: Any, size: float = 0.3) -> Any:
 
 
 def orders(flow: Any) -> list[list[int]]:
-    """The order of each layer, noise to data; of a coupling, its mask."""
+    """The order of each layer, or mask of a coupling, from noise to data."""
     return [getattr(layer, "mask", getattr(layer, "order", None)).int().tolist() for layer in flow]
 
 
@@ -170,7 +170,7 @@ def test_masks_alternate_from_the_data_back_to_the_noise() -> None:
     even, odd = [1, 0, 1], [0, 1, 0]
     assert orders(RealNVP(3, **TINY)) == [even, odd, even]
     assert orders(RealNVP(3, num_layers=2, hidden_dims=[8])) == [odd, even]
-    # Whatever is kept next to the data moves in the layer before it, also in an order that is given.
+    # Dimensions that pass through next to the data are transformed in the preceding layer, also for explicit orders.
     assert orders(RealNVP(3, order=[1, 2, 0], **TINY)) == [[1, 1, 0], [0, 0, 1], [1, 1, 0]]
 
 
@@ -231,7 +231,7 @@ def test_a_conditional_stack_is_a_flow_at_each_context(make: Any) -> None:
     assert not torch.equal(flow.condition(contexts[0])(x[0]), flow.condition(contexts[1])(x[0]))
 
 
-# What they say of themselves
+# Representation
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The folder of a fit: one fit at a time writes there, and an old one is there until a new one has begun."""
+"""The folder of a fit: one fit at a time writes there, and an old fit remains until a new one has begun."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def contents(at: Path) -> dict[str, bytes]:
 
 @contextmanager
 def another_process(at: Path) -> Iterator[subprocess.Popen[str]]:
-    """One that holds a folder until it is told to end, or killed."""
+    """A process that locks a folder until it is told to end, or killed."""
     command = [sys.executable, "-c", HOLD, str(at)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -52,7 +52,7 @@ def another_process(at: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-# -- one at a time ----------------------------------------------------------------------------------------------------
+# -- one at a time -----------------------------------------------------------------------------------------------------
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_whoever_holds_a_folder_may_fit_in_it(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_was_removed_as_it_was_opened_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one before lets go between our opening its file and our locking it."""
+    """The previous owner releases the folder between our opening the lock file and locking it."""
     lock, opened = files._lock_file, []
 
     def late(file: Any) -> None:
@@ -146,7 +146,7 @@ def test_a_folder_that_can_not_be_written_to_is_named(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-# -- an old fit gives way ---------------------------------------------------------------------------------------------
+# -- an old fit gives way ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_an_old_fit_stays_until_a_new_one_has_a_checkpoint(old: Path, monkeypatc
     before, seen = contents(old), []
 
     def killed(loop: Loop, taken: int) -> None:
-        seen.append(contents(old))  # as a kill would leave it
+        seen.append(contents(old))  # as after a kill
         raise MemoryError
 
     monkeypatch.setattr(Loop, "save", killed)
@@ -197,7 +197,7 @@ def test_an_old_fit_comes_back_where_the_new_one_can_not_be_written(old: Path, m
 def test_a_kill_while_an_old_fit_is_set_aside_loses_nothing(
     moves: int, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither then nor in a second kill while it is put back; whatever comes next finds it."""
+    """Nor does a second kill while it is restored; the next call finds it."""
     before, rename = contents(old), Path.rename
 
     def dying(after: int) -> Any:

@@ -1,4 +1,4 @@
-"""AutoMAF, AutoIAF and AutoRealNVP where Pyro expects a guide."""
+"""AutoMAF, AutoIAF and AutoRealNVP as guides in Pyro."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ from tests.posteriors import (
 pytestmark = pytest.mark.usefixtures("fresh")
 each_guide = pytest.mark.parametrize("make", GUIDES)
 UNSEARCHED: dict[str, Any] = {**SMALL, "init_scale": 0.3}
-"""For guides that are not asked how near their posterior they start: a search for it would take most of the time."""
+"""Options without the search for a start, for tests that do not depend on it, whose time it would dominate."""
 
 
 def shaken(guide: Any, gain: float = 0.3) -> Any:
-    """As if trained."""
+    """Move the guide's parameters, as if trained."""
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(gain * torch.randn_like(parameter) / max(1, parameter.shape[-1]) ** 0.5)
@@ -128,7 +128,7 @@ MODELS: dict[str, tuple[Callable[[], None], dict[str, tuple[int, ...]]]] = {
     "flat": (flat, {"z": (2,)}),
     "double": (double, {"z": (2,), "scale": ()}),
 }
-# Guides differ by the flow alone.
+# Guides differ only in the flow.
 in_turn = pytest.mark.parametrize(
     ("make", "model", "shapes"), [(GUIDES[i % 3], *known) for i, known in enumerate(MODELS.values())], ids=MODELS
 )
@@ -149,12 +149,12 @@ def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tu
     assert {name: tuple(value.shape) for name, value in guide.median().items()} == shapes
     quantiles = guide.quantiles([0.1, 0.5, 0.9])
     assert {name: tuple(value.shape) for name, value in quantiles.items()} == {n: (3, *s) for n, s in shapes.items()}
-    # The numbers of a simplex and of a Cholesky factor have medians of their own, which need not fit together.
+    # The entrywise medians of a simplex or Cholesky factor need not be one.
     mixed = ("simplex", "v", "correlation")
     for name, support in supports(model, guide).items():
         for value in (sites[name], batch[name], *([] if name in mixed else [guide.median()[name]])):
             assert bool(support.check(value).all()), name
-    # The density of outside points is that of the trace which drew them.
+    # `log_prob` agrees with the trace that drew the points.
     torch.testing.assert_close(guide.log_prob(sites), log_q, rtol=2e-3, atol=2e-3)
     assert guide.log_prob(batch).shape == (4, 2)
     for value in batch.values():
@@ -164,7 +164,7 @@ def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tu
 
 @in_turn
 def test_trains_on_models_of_every_shape(make: Any, model: Any, shapes: Any) -> None:
-    """From the first step of an optimizer on, with particles in a plate of which the set-up knows nothing."""
+    """From the optimizer's first step on, and with a particle plate that was absent at set-up."""
     guide = make(model, **UNSEARCHED)
     nesting = 2 if model is nested else 1
     objective = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=nesting)
@@ -180,7 +180,7 @@ def test_trains_on_models_of_every_shape(make: Any, model: Any, shapes: Any) -> 
 
 @each_guide
 def test_parameters_exist_before_an_optimizer_does(make: Any) -> None:
-    """Pyro's AutoIAFNormal has none before its first call."""
+    """Unlike Pyro's AutoIAFNormal, which has none before its first call."""
     guide = make(counting, **SMALL).setup()
     before = weights(guide)
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
@@ -208,7 +208,7 @@ def test_setting_up_again_changes_nothing() -> None:
 
 
 def test_init_loc_fn_is_where_a_guide_with_a_scale_starts() -> None:
-    """Pyro's AutoIAFNormal ignores it."""
+    """Unlike Pyro's AutoIAFNormal, which ignores `init_loc_fn`."""
     values = {"scale": torch.tensor(3.0), "share": torch.tensor(0.9), "vector": torch.tensor([1.0, 2.0, 3.0])}
     guide = AutoIAF(several, init_loc_fn=init_to_value(values=values), init_scale=1e-3, **SMALL).setup()
     for name, value in guide.median().items():
@@ -349,7 +349,7 @@ def test_a_draw_far_beyond_the_usual_gradients_is_limited() -> None:
 
 
 def by_hand(optimizer: torch.optim.Optimizer, weight: Tensor, count: int) -> float:
-    """How far so many steps along a gradient of 1 move a weight."""
+    """Distance that `count` steps with a gradient of 1 move a weight."""
     before = weight.detach().clone()
     for _ in range(count):
         weight.grad = torch.ones_like(weight)
@@ -360,7 +360,7 @@ def by_hand(optimizer: torch.optim.Optimizer, weight: Tensor, count: int) -> flo
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=2.0**-10), partial(PyroClippedAdam, lr=2.0**-10)])
 def test_steps_shorten_at_a_constant_rate(make: Any, local: bool) -> None:
-    """Or else Adam's, a learning rate long for the smallest gradient, move a guide away from the posterior again."""
+    """Adam's steps, as long as the learning rate for any gradient, would move a guide away from the posterior."""
     with pyro.settings.context(module_local_params=local):
         guide = AutoIAF(counting, **UNSEARCHED)
         guide()
@@ -401,7 +401,7 @@ def test_weights_that_are_gone_are_not_remembered() -> None:
 
 @each_guide
 def test_the_bound_rises_to_the_evidence(make: Any) -> None:
-    """A gamma posterior, for which a flow does better than a normal in the logarithm."""
+    """A gamma posterior, where a flow is better than a log-normal."""
     guide = make(counting, **SMALL)
     objective = Trace_ELBO(num_particles=16, vectorize_particles=True)
     steps(objective, counting, guide, 50)
@@ -482,7 +482,7 @@ def test_a_discrete_site_that_is_summed_out_needs_no_hiding(make: Any) -> None:
 
 @each_guide
 def test_quantiles_are_exact_where_they_are_known(make: Any) -> None:
-    """Of a lognormal posterior, which a fresh guide is. AutoIAFNormal of Pyro has no quantiles."""
+    """For a log-normal posterior, which an untrained guide matches. Pyro's AutoIAFNormal has no quantiles."""
     loc, scale = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 1.5])
     guide = make(lambda: pyro.sample("z", dist.LogNormal(loc, scale).to_event(1)), **SMALL).setup()
     wanted = torch.tensor([0.05, 0.5, 0.95])
@@ -503,7 +503,7 @@ def test_quantiles_are_those_of_draws(make: Any) -> None:
 
 
 def mixing() -> None:
-    """Sites whose maps mix coordinates, or turn them around."""
+    """Sites whose maps mix or reverse coordinates."""
     pyro.sample("shares", dist.Dirichlet(torch.tensor([3.0, 3.0, 3.0])))
     ordered = dist.transforms.OrderedTransform()
     pyro.sample("cuts", dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), ordered))
@@ -521,7 +521,7 @@ def test_quantiles_are_marginal_on_every_support(seed: int) -> None:
     draws = guide.rsample((20_000,))
     for name, found in guide.quantiles(levels).items():
         share = (draws[name][:, None] < found).float().mean(0)
-        # Entries that are 0 or 1 by construction are at every quantile.
+        # Entries fixed to 0 or 1 equal all their quantiles.
         share = torch.where((found[2] - found[0]).abs() < 1e-6, levels.reshape(-1, *[1] * (found.dim() - 1)), share)
         torch.testing.assert_close(
             share, levels.reshape(-1, *[1] * (found.dim() - 1)).expand_as(share), atol=0.02, rtol=0, msg=name
@@ -531,7 +531,7 @@ def test_quantiles_are_marginal_on_every_support(seed: int) -> None:
 
 
 def test_quantiles_of_shares_are_those_of_their_beta() -> None:
-    """Of a Dirichlet posterior, to which a fresh guide is close: each share is Beta(30, 60)."""
+    """For a Dirichlet posterior, which an untrained guide approximates: each share is Beta(30, 60)."""
     guide = AutoIAF(lambda: pyro.sample("shares", dist.Dirichlet(torch.full((3,), 30.0))), **SMALL).setup()
     found = guide.quantiles([0.05, 0.95])["shares"]
     expected = torch.tensor([0.25416, 0.41674])[:, None].expand(2, 3)
@@ -569,7 +569,7 @@ def test_quantiles_are_repeatable_and_leave_the_random_state_alone(make: Any) ->
 
 @each_guide
 def test_density_is_a_change_of_variables(make: Any) -> None:
-    """By the Jacobian of noise to sites, in double precision."""
+    """With the Jacobian from noise to sites, in double precision."""
     guide = shaken(make(double, **UNSEARCHED).setup())
     noise = torch.randn(3, dtype=torch.float64)
 
@@ -747,7 +747,7 @@ def test_a_used_guide_can_be_copied_and_both_train_on(make: Any, use: Any, copie
 
 
 def conditioned_on_parameters(y: Tensor) -> None:
-    """Parameters stand in distributions and in supports, and the model's graph hangs on what it draws."""
+    """Parameters occur in distributions and supports, so the model's draws carry its graph."""
     concentration = pyro.param("concentration", torch.tensor([2.0, 3.0]), constraint=constraints.positive)
     share = pyro.sample("share", dist.Dirichlet(concentration))
     loc = pyro.sample("loc", dist.Normal(pyro.param("centre", torch.tensor(0.0)), 1.0))
@@ -766,7 +766,7 @@ def test_a_model_with_parameters_and_data_stays_behind() -> None:
     )
     steps(Trace_ELBO(), conditioned_on_parameters, guide, 2, y)
     pickled = pickle.dumps(guide)
-    assert len(pickled) < 20_000  # of 400,000 bytes of data
+    assert len(pickled) < 20_000  # the data has 400,000 bytes
     assert same(guide.median(y), pickle.loads(pickled).median(y))
     steps(Trace_ELBO(), conditioned_on_parameters, pickle.loads(pickled), 1, y)
 
@@ -775,7 +775,7 @@ def _start_of(site: Any) -> Tensor:
     return init_to_value(site, values={"share": torch.tensor([0.4, 0.6]), "loc": torch.tensor(1.0)})
 
 
-def test_a_guide_that_never_met_its_model_says_so_once_it_is_unpickled() -> None:
+def test_an_unpickled_guide_without_set_up_raises_a_clear_error() -> None:
     twin = pickle.loads(pickle.dumps(AutoIAF(counting, **SMALL)))
     with pytest.raises(ValueError, match=r"^AutoIAF expected a model to set itself up .* guide\.setup\(\).*\.$"):
         twin()
@@ -816,7 +816,7 @@ def within_an_angle() -> None:
 
 @pytest.mark.parametrize("model", [on_a_latent, on_a_parameter, far_below_a_latent, within_an_angle])
 def test_draws_follow_a_support_that_moves(model: Any) -> None:
-    """NUTS keeps to the support of its first run, so that it misses what is outside of that without a word."""
+    """Unlike NUTS, which silently uses the support of its first run."""
     pyro.set_rng_seed(0)
     guide = AutoIAF(model, **UNSEARCHED)
     steps(Trace_ELBO(), model, guide, 1)
@@ -883,7 +883,7 @@ def through_the_state(folder: Path) -> None:
 @pytest.mark.parametrize("way", [through_a_file, through_the_state])
 @each_guide
 def test_a_new_guide_is_what_the_store_holds(make: Any, way: Any, tmp_path: Path) -> None:
-    """Wherever either starts: the start of a guide goes with its weights."""
+    """Wherever both start, since the start belongs to the weights."""
     guide = shaken(make(counting, **SMALL, init_scale=0.2).setup())
     steps(Trace_ELBO(), counting, guide, 2)
     wanted, kept = guide.median(), weights(guide)
@@ -918,7 +918,7 @@ def test_a_guide_in_use_goes_back_to_what_was_saved(make: Any, tmp_path: Path) -
     assert not same(wanted, weights(guide))
 
 
-def test_saving_the_store_says_nothing_to_other_guides(tmp_path: Path) -> None:
+def test_saving_the_store_does_not_affect_other_guides(tmp_path: Path) -> None:
     guides = [shaken(AutoIAF(counting, **UNSEARCHED).setup()) for _ in range(2)]
     for guide in guides:
         guide()
@@ -966,7 +966,7 @@ def test_an_encoder_comes_from_the_store_too(tmp_path: Path) -> None:
 
 @each_guide
 def test_weights_load_into_a_guide_that_is_set_up(make: Any) -> None:
-    """Where a guide starts is part of its state: another start, and the same weights, are the same guide."""
+    """The start is part of the state, so a guide with another start becomes the same guide."""
     guide = shaken(make(counting, **SMALL).setup())
     stored = io.BytesIO()
     torch.save(guide.state_dict(), stored)
@@ -988,7 +988,7 @@ def test_weights_for_a_guide_that_is_not_set_up_are_refused_in_one_line(make: An
 
 
 @each_guide
-def test_what_needs_the_models_arguments_says_so_until_the_guide_is_set_up(make: Any) -> None:
+def test_methods_that_need_the_models_arguments_raise_until_the_guide_is_set_up(make: Any) -> None:
     def model(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
 
@@ -1003,7 +1003,7 @@ def test_what_needs_the_models_arguments_says_so_until_the_guide_is_set_up(make:
 
 @each_guide
 def test_two_guides_of_one_name_train_independently(make: Any) -> None:
-    """Pyro's store knows parameters by name, and both are called the same."""
+    """Pyro's store identifies parameters by name, and both guides have the same name."""
     guides = [make(counting, **UNSEARCHED) for _ in range(2)]
     runs = [SVI(counting, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()) for guide in guides]
     for _ in range(3):
@@ -1032,7 +1032,7 @@ def test_a_new_guide_starts_afresh_whatever_the_store_holds(make: Any) -> None:
 
 
 class Summary(nn.Module):
-    """A context of the data, for all latent variables together."""
+    """An encoder that summarises the data in one context for all latent variables."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1105,7 +1105,7 @@ def test_a_context_by_row_within_subsamples(make: Any) -> None:
     svi = SVI(model, guide, optimizer, Trace_ELBO())
     assert all(math.isfinite(svi.step(everything[start : start + 5])) for start in (0, 5, 10, 15))
     sites, log_q = drawn(guide, everything[:5])
-    # Five rows stand for twenty.
+    # Five rows represent twenty.
     log_prob = guide.log_prob(sites, everything[:5])
     torch.testing.assert_close(4 * log_prob.sum(), log_q, rtol=1e-3, atol=1e-3)
 
@@ -1137,11 +1137,11 @@ def test_trains_on_subsamples_of_the_data(make: Any, by_plates: bool) -> None:
     assert float(guide.median(y)["loc"]) == pytest.approx(float(y.mean()), abs=0.25)
 
 
-# -- what goes wrong for one draw --------------------------------------------------------------------------------------
+# -- failures for single draws -----------------------------------------------------------------------------------------
 
 
 class Steep(torch.autograd.Function):
-    """Zero, with an infinite gradient where the argument is above 1.5."""
+    """A function with value zero, and an infinite gradient for arguments above 1.5."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -1268,7 +1268,7 @@ def test_a_support_without_a_bijection_is_named() -> None:
 
 
 def test_tails_are_those_of_the_posterior() -> None:
-    """Two Student's t of three degrees of freedom: tails of weight 1/3, to which flow and head add theirs."""
+    """Two Student's t distributions of three degrees of freedom, whose tails have weight 1/3."""
 
     def model() -> None:
         pyro.sample("z", dist.StudentT(3.0, torch.tensor([0.0, 40.0]), torch.tensor([1.0, 0.1])).to_event(1))

@@ -1,4 +1,4 @@
-"""Weights that others compute, and modules that others hook into: both directions do as a call of the layers does."""
+"""Parametrised weights and module hooks: both directions behave as if the layers were called."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ double = torch.float64
 
 
 class LowRank(nn.Module):
-    """W + A B, as in LoRA."""
+    """Parametrisation W + A B, as in LoRA."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class LowRank(nn.Module):
 
 
 class Rounded(MaskedLinear):
-    """A layer of a user's own."""
+    """A user-defined layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, (8 * self.weight).tanh() / 8 * self.mask, self.bias)
@@ -98,7 +98,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def by_calls(layer: Any, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """One direction by D calls of the network, each for one variable."""
+    """The sequential direction by D calls of the network, one for each variable."""
     inner, context = getattr(layer, "flow", layer), getattr(layer, "context", None)
     direction = inner.univariate.inverse if inverse else inner.univariate.forward
     w: Tensor = torch.zeros_like(v)
@@ -110,7 +110,7 @@ def by_calls(layer: Any, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
 
 
 def assert_as_by_calls(layer: Flow) -> None:
-    """Values without gradient twice, since something might be remembered; then values and gradients with one."""
+    """Compare values without gradients twice, since they may be cached, and then values and gradients."""
     for inverse in (False, True):
         direction = layer.inverse_and_log_det if inverse else layer.forward_and_log_det
         for rows in (3, 20):

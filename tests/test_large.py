@@ -1,4 +1,4 @@
-"""Guides of hundreds of latent variables: their head, their start, and the memory that they take."""
+"""Guides with hundreds of latent variables: their affine head, start and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = 202
 
 
 def normal_posterior(precision: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-    """A log-density of a normal with this precision, up to a constant, and its largest bound."""
+    """An unnormalised normal log-density with this precision, and its evidence."""
     loc = torch.linspace(-1, 1, len(precision))
 
     def score(rows: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def normal_posterior(precision: Tensor) -> tuple[Callable[[Tensor], Tensor], flo
 
 
 def gap(precision: Tensor) -> tuple[float, LowRankHead]:
-    """Nats that the initial normal is below the largest bound, and its head."""
+    """Nats by which the initial normal's bound is below the evidence, and its head."""
     score, best = normal_posterior(precision)
     start = wide_start(score, torch.stack([torch.zeros(len(precision)), torch.full((len(precision),), -2.0)]))
     head = LowRankHead(len(precision), start.directions.shape[-1], **start._asdict())
@@ -51,7 +51,7 @@ def test_a_few_directions_are_found() -> None:
 
 
 def test_as_many_directions_as_data_have_are_found() -> None:
-    """Those of a regression: their precisions are spread over a range, without a few that stand out."""
+    """For a regression, whose precisions spread over a range without a few dominant ones."""
     rows = torch.randn(2 * SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     assert gap(torch.eye(SIZE) + rows.T @ rows / 4)[0] < 1.0
 

@@ -1,4 +1,4 @@
-"""The laws as users call them: what breaks one is named, with how much and where; what is right passes."""
+"""The laws as users call them: violations are reported with size and place, and correct objects pass."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Unbatched(Scale):
 
 
 class Forgetful(Scale):
-    """Its scale is no parameter, and stays behind."""
+    """A transform whose scale is not a parameter, so it is not moved or saved."""
 
     def __init__(self, input_dim: int) -> None:
         super().__init__(input_dim)
@@ -101,11 +101,11 @@ def test_a_difference_that_straddles_a_knot_is_no_wrong_derivative() -> None:
 def test_a_network_of_many_parameters_takes_seconds() -> None:
     started = time.process_time()
     transforms.has_derivatives(MAF(2).double().eval())
-    assert time.process_time() - started < 10  # parameter by parameter it takes minutes
+    assert time.process_time() - started < 10  # parameter by parameter this would take minutes
 
 
 class Heavy(Flow):
-    """y = sinh(1.5 x): its rarest draws are five hundred times as far out as most."""
+    """y = sinh(1.5 x), whose rarest draws are five hundred times as far out as most."""
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (1.5 * x).sinh(), (1.5 * (1.5 * x).cosh()).log().sum(-1)
@@ -291,7 +291,7 @@ class Wide(FlowPrior):
 
 
 class Plain(TorchDistribution):
-    """Standard normal, whose parts subclasses get wrong."""
+    """Standard normal, with methods that subclasses get wrong."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector

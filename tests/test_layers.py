@@ -1,4 +1,4 @@
-"""What each layer is, beside the laws that all of them keep."""
+"""Formulas of individual layers, in addition to the laws of all layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ double = torch.float64
 
 
 def shaken(flow: Any, size: float = 0.5) -> Any:
-    """In float64, moved away from the identity."""
+    """The layer in float64 with random parameters."""
     flow.double()
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -107,7 +107,7 @@ def test_lower_triangular_affine_follows_its_context() -> None:
 
 
 def mu_and_alpha(layer: Coupling, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's functions from the map as it is: y = x exp(alpha) + mu."""
+    """The paper's mu and alpha, recovered from the map y = x exp(alpha) + mu."""
     moved = ~layer.mask
     zeros = layer(torch.where(moved, 0.0, x))[..., moved]
     ones = layer(torch.where(moved, 1.0, x))[..., moved]
@@ -126,7 +126,7 @@ def test_coupling_moves_what_the_mask_leaves_free(mask: Any, networks: str) -> N
     mu, alpha = mu_and_alpha(layer, x)
     close(y[:, ~kept], x[:, ~kept] * alpha.exp() + mu)
     close(layer.log_abs_det_jacobian(x, y), alpha.sum(-1))
-    # They depend on what is kept, and on that alone.
+    # They depend on the dimensions that pass through, and only on these.
     for found, wanted in zip(mu_and_alpha(layer, torch.where(kept, x, other)), (mu, alpha), strict=True):
         close(found, wanted)
     assert torch.equal(alpha.std(0) > 1e-12, kept.any().expand(alpha.shape[1]))

@@ -1,4 +1,4 @@
-"""How the package is laid out: who may import whom, how long a module is, what an import brings along."""
+"""Structure of the package: layers and their imports, lengths of modules, public names and docstrings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGE = Path(pyro_maf.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-FLOORS = (
+LAYERS = (
     "_core",
     "saving",
     "constrained",
@@ -48,13 +48,13 @@ FLOORS = (
     "experiments",
     "cli",
 )
-"""From the ground up: a module imports from its own floor and those below."""
+"""From the bottom up: a module imports from its own layer and those below."""
 
-ROOF = ("__init__", "__main__")
-"""Modules of the package itself that import from any floor."""
+TOP_LEVEL = ("__init__", "__main__")
+"""Modules that import from any layer."""
 
-LATE = ("lightning_fabric", "torch._dynamo", "matplotlib", "numba", "sklearn", "pandas", "pyarrow", "h5py")
-"""What `import pyro_maf` leaves alone until something needs it."""
+LAZY = ("lightning_fabric", "torch._dynamo", "matplotlib", "numba", "sklearn", "pandas", "pyarrow", "h5py")
+"""Packages that `import pyro_maf` does not import."""
 
 PUBLIC = {
     "pyro_maf": """MAF IAF RealNVP ConditionalMAF ConditionalIAF ConditionalRealNVP MADE MADEMoG MAFMoG FlowPrior
@@ -74,20 +74,20 @@ PUBLIC = {
 }
 
 
-def floor_of(path: Path) -> str:
-    """The floor that a module stands on: the folder that holds it, or its own name directly under the package."""
+def layer_of(path: Path) -> str:
+    """The layer of a module: its folder, or its own name directly under the package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return floor_in(parts) or parts[0]
+    return layer_in(parts) or parts[0]
 
 
-def floor_in(parts: Sequence[str]) -> str:
-    """The narrowest floor that holds a dotted name, in its parts; "" where none does."""
+def layer_in(parts: Sequence[str]) -> str:
+    """The narrowest layer that contains a dotted name, given by its parts, or ""."""
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    return next((name for name in names if name in FLOORS), "")
+    return next((name for name in names if name in LAYERS), "")
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The floors of this package that a module imports from, anywhere in its code; "" for the package itself."""
+    """The layers that a module imports from, anywhere in its code; "" for the package itself."""
     package = ("pyro_maf", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -100,12 +100,12 @@ def imported(path: Path) -> Iterator[str]:
         for name in names:
             head, *rest = name.split(".")
             if head == "pyro_maf":
-                yield floor_in(rest)
+                yield layer_in(rest)
 
 
-OF_THE_PACKAGE = f"""
+PROGRAM = f"""
 import sys, torch, pyro_maf
-print([name for name in {LATE} if name in sys.modules])
+print([name for name in {LAZY} if name in sys.modules])
 flow = pyro_maf.MAF(2, num_layers=1)
 pyro_maf.fit(flow, torch.randn(50, 2), max_epochs=1, progress=False)
 print([name for name in ("lightning_fabric", "lightning", "torch._dynamo", "sympy") if name in sys.modules])
@@ -114,31 +114,31 @@ print([getattr(pyro_maf, name).__name__ for name in pyro_maf.PARTS])
 
 
 @pytest.fixture(scope="module")
-def said() -> list[str]:
-    """What a fresh interpreter says of the package, line by line."""
-    command = [sys.executable, "-W", "ignore", "-c", OF_THE_PACKAGE]
+def printed() -> list[str]:
+    """Lines that a fresh interpreter prints about the package."""
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_every_module_stands_on_a_floor() -> None:
-    assert {floor_of(path) for path in MODULES} <= {*FLOORS, *ROOF}
+def test_every_module_belongs_to_a_layer() -> None:
+    assert {layer_of(path) for path in MODULES} <= {*LAYERS, *TOP_LEVEL}
 
 
-@pytest.mark.parametrize("floor", FLOORS)
-def test_imports_point_down(floor: str) -> None:
-    # From the highest floor the package itself is below.
-    allowed = (*FLOORS[: FLOORS.index(floor) + 1], *([""] if floor == FLOORS[-1] else []))
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_point_down(layer: str) -> None:
+    # The topmost layer may import the package itself.
+    allowed = (*LAYERS[: LAYERS.index(layer) + 1], *([""] if layer == LAYERS[-1] else []))
     upward = [
         f"{path.relative_to(ROOT)} imports from {name or 'the package itself'}"
         for path in MODULES
-        if floor_of(path) == floor
+        if layer_of(path) == layer
         for name in imported(path)
         if name not in allowed
     ]
     assert upward == []
 
 
-def test_imports_are_found_whatever_their_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_of_every_form_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     module = tmp_path / "nn" / "made.py"
     module.parent.mkdir()
@@ -177,45 +177,45 @@ def test_no_module_is_too_long(path: Path) -> None:
         ("miniboone", "it is pyro_maf.datasets.miniboone"),
     ],
 )
-def test_a_name_that_is_elsewhere_is_pointed_to(name: str, said: str) -> None:
+def test_the_error_for_a_name_of_a_subpackage_says_where_it_is(name: str, said: str) -> None:
     with pytest.raises(AttributeError, match=rf"^module 'pyro_maf' has no attribute '{name}': {said}$"):
         getattr(pyro_maf, name)
 
 
-def test_a_name_that_is_nowhere_is_an_attribute_error() -> None:
+def test_an_unknown_name_raises_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"^module 'pyro_maf' has no attribute 'nonsense'$"):
         _ = pyro_maf.nonsense
     assert not hasattr(pyro_maf, "__nothing__")
 
 
-def test_import_leaves_heavy_packages_alone(said: list[str]) -> None:
-    assert said[0] == "[]"
+def test_import_does_not_import_heavy_packages(printed: list[str]) -> None:
+    assert printed[0] == "[]"
 
 
-def test_a_fit_imports_neither_a_trainer_nor_the_compiler_of_torch(said: list[str]) -> None:
-    assert said[1] == "[]"
+def test_a_fit_imports_neither_a_trainer_nor_the_compiler_of_torch(printed: list[str]) -> None:
+    assert printed[1] == "[]"
 
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_public_names_exist(module: str) -> None:
-    found = importlib.import_module(module)
+    imported_module = importlib.import_module(module)
     for name in PUBLIC[module].split():
-        assert hasattr(found, name), f"{module} has no {name}"
-        assert name in found.__all__
-        assert name in dir(found)
+        assert hasattr(imported_module, name), f"{module} has no {name}"
+        assert name in imported_module.__all__
+        assert name in dir(imported_module)
 
 
-def test_the_parts_of_the_package_need_no_import_of_their_own(said: list[str]) -> None:
-    assert said[2] == str([f"pyro_maf.{name}" for name in pyro_maf.PARTS])
+def test_subpackages_are_attributes_of_the_package(printed: list[str]) -> None:
+    assert printed[2] == str([f"pyro_maf.{name}" for name in pyro_maf.PARTS])
     with pytest.raises(AttributeError, match="module 'pyro_maf' has no attribute 'Maf'"):
         getattr(pyro_maf, "Maf")  # noqa: B009
 
 
 def test_everything_public_is_documented() -> None:
     for module in PUBLIC:
-        found = importlib.import_module(module)
-        for name in found.__all__:
-            value = getattr(found, name)
+        imported_module = importlib.import_module(module)
+        for name in imported_module.__all__:
+            value = getattr(imported_module, name)
             assert not callable(value) or value.__doc__, f"{module}.{name} has no docstring"
 
 

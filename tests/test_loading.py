@@ -1,4 +1,4 @@
-"""Files that are no model, or no longer one: refused in one line that names the file, and nothing in them is run."""
+"""Files that are not models or are damaged: refused by a one-line error that names the file, without running code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def header_of(path: Path) -> dict[str, Any]:
 
 
 def rewrite(path: Path, header: Any = None, state: dict[str, torch.Tensor] | None = None) -> None:
-    """The same file with another architecture, or with some tensors replaced."""
+    """Rewrite a file with another architecture or with tensors replaced."""
     text = header if isinstance(header, str) else json.dumps(header_of(path) if header is None else header)
     path.write_bytes(pack({**load_file(path), **(state or {})}, MODEL, text))
 

@@ -1,4 +1,4 @@
-"""The log joint density of many draws at once, and the normal distribution that a guide starts as."""
+"""The log joint density of many draws at once, and the normal approximation from which a guide starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def joint_of(model: Any, values: dict[str, Tensor], *args: Any) -> LogJoint:
 
 
 def one_by_one(model: Any, values: dict[str, Tensor], *args: Any) -> Tensor:
-    """By Pyro's handlers, one run a draw; the plates' padding is taken off."""
+    """Log joint density by Pyro's handlers, one run per draw, without the padding of plates."""
     shapes = {name: poutine.trace(model).get_trace(*args).nodes[name]["value"].shape for name in values}
     scores = []
     for row in range(len(next(iter(values.values())))):
@@ -67,7 +67,7 @@ def picking() -> None:
 
 
 def filling() -> None:
-    """Writes into a tensor of its own."""
+    """A model that writes into a tensor."""
     z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     loc = torch.zeros(4)
     loc[1:] += z
@@ -75,13 +75,13 @@ def filling() -> None:
 
 
 def counting() -> None:
-    """Of a multinomial distribution, which writes where a mask is true."""
+    """A multinomial model, which writes where a mask is true."""
     z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     pyro.sample("y", dist.Multinomial(5, z.softmax(0)), obs=torch.tensor([3.0, 0.0, 2.0]))
 
 
 def correlating() -> None:
-    """Of a matrix that is checked to be positive definite, which it is not where z is outside of (-1, 1)."""
+    """A model with a matrix that is validated as positive definite, which it is only for z in (-1, 1)."""
     z = pyro.sample("z", dist.Normal(torch.zeros(3), 0.1).to_event(1))
     covariance = torch.eye(2)
     covariance[0, 1] = covariance[1, 0] = z[0]
@@ -95,7 +95,7 @@ def correlating() -> None:
 def test_a_model_that_does_not_broadcast_is_mapped_over_draws_or_run_for_each(
     model: Any, event: tuple[int, ...], is_vectorised: bool
 ) -> None:
-    """One that raises on a batch, one that takes it and scores something else, and ones that write into a tensor."""
+    """Models that raise on a batch, score something else, or write into a tensor."""
     values = {"z": torch.randn(5, 1, 1, *event)}
     joint = joint_of(model, values)
     assert (joint.broadcasts, joint.is_vectorised) == (False, is_vectorised)
@@ -195,7 +195,7 @@ def elbo_of(log_density: Any, loc: Tensor, scale_tril: Tensor) -> float:
 
 
 def test_a_funnel_is_not_entered_to_its_neck() -> None:
-    """The mode of ten scales is at v0 = -45, where the density of a normal around it has no more than a sliver."""
+    """The mode of ten scales is at v0 = -45, where there is hardly any probability."""
 
     def funnel(v: Tensor) -> Tensor:
         return dist.Normal(0.0, 3.0).log_prob(v[:, 0]) + dist.Normal(0.0, (v[:, :1] / 2).exp()).log_prob(v[:, 1:]).sum(
@@ -222,11 +222,11 @@ def test_many_dimensions_are_climbed_by_gradients() -> None:
     density = dist.Normal(loc, scales).to_event(1)
     found = best_normal(density.log_prob, torch.zeros(250, dtype=torch.float64))
     assert float(((found.loc - loc) / scales).abs().max()) < 0.5
-    assert elbo_of(density.log_prob, *found) > -120  # the best isotropic one at the mode is at -144
+    assert elbo_of(density.log_prob, *found) > -120  # the best isotropic normal at the mode has -144
 
 
 class Once(torch.autograd.Function):
-    """-x^2 / 2, which can be differentiated once."""
+    """-x^2 / 2, differentiable only once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -246,8 +246,8 @@ def test_a_density_without_second_derivatives_is_climbed_by_gradients() -> None:
     assert elbo_of(lambda v: dist.Normal(2.0, 1.0).log_prob(v).sum(-1), *found) > -0.1
 
 
-def test_a_second_derivative_that_is_not_finite_is_done_without() -> None:
-    """That of torch.logaddexp is not a number where one term is far below the other."""
+def test_second_derivatives_that_are_not_finite_are_not_used() -> None:
+    """The second derivative of torch.logaddexp is NaN where one term is far below the other."""
 
     def wells(v: Tensor) -> Tensor:
         return torch.logaddexp(*(dist.Normal(mode, 1.0).log_prob(v[:, 0]) for mode in (-8.0, 8.0)))
@@ -264,7 +264,7 @@ def test_where_nothing_can_be_scored_the_start_is_narrow_and_where_it_was(score:
 
 
 def test_draws_for_which_a_model_raises_take_one_more_run() -> None:
-    """Where a run for all draws raises, a map over them tells which; halves of halves would take a run for each."""
+    """If a run for all draws raises, a map over them finds which; bisection would take a run for each."""
     runs = 0
 
     def model() -> None:

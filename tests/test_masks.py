@@ -1,4 +1,4 @@
-"""Latent sites of which a mask keeps entries out of the model."""
+"""Latent sites with masked entries."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SEEN = torch.tensor([True, False, True, False])
 
 
 def missing(seen: Tensor = SEEN) -> None:
-    """Half of the rows are missing: Pyro has a latent variable for each, and masks those of the others."""
+    """Half of the rows are missing: Pyro has a latent variable for every row, and masks those of observed ones."""
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("rows", len(Y)):
         pyro.sample("y", dist.Normal(loc, 1.0), obs=Y, obs_mask=seen)
 
 
 def padded() -> None:
-    """The same, of rows with a latent variable and an observation that are masked together."""
+    """Rows whose latent variable and observation are masked together."""
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("rows", len(Y)), poutine.mask(mask=SEEN):
         z = pyro.sample("z", dist.Normal(loc, 1.0))
@@ -47,7 +47,7 @@ def by_distribution() -> None:
 
 
 def positive() -> None:
-    """With a volume of its own for every entry: a scale, and a simplex."""
+    """Masked sites with other supports, a scale and a simplex, whose maps change the volume."""
     with pyro.plate("rows", len(Y)), poutine.mask(mask=SEEN):
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
         share = pyro.sample("share", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
@@ -105,7 +105,7 @@ def test_what_is_left_out_has_no_volume_either() -> None:
     draws = guide.rsample((5,))
     assert {name: tuple(value.shape) for name, value in draws.items()} == {"scale": (5, 4), "share": (5, 4, 3)}
     assert guide.log_prob(draws).shape == (5,)
-    # log q of a draw, from outside and from within a trace.
+    # log q of a draw, by `log_prob` and by a trace.
     trace: Any = poutine.trace(guide).get_trace()
     sites = {name: trace.nodes[name]["value"] for name in ("scale", "share")}
     torch.testing.assert_close(guide.log_prob(sites), trace.log_prob_sum(), rtol=1e-4, atol=1e-4)
@@ -123,7 +123,7 @@ def test_neutra_has_the_density_of_what_is_not_masked() -> None:
 
 
 def test_a_flat_prior_is_no_masked_row() -> None:
-    """A mask takes the prior away, and the likelihood is left: a posterior like any other."""
+    """A prior masked away leaves the likelihood, a proper posterior."""
 
     def model() -> None:
         with poutine.mask(mask=False):

@@ -1,4 +1,4 @@
-"""Memory that is used again: never while somebody refers to it."""
+"""Reused memory: never while it is referenced."""
 
 from __future__ import annotations
 
@@ -79,4 +79,4 @@ def test_a_step_takes_memory_for_packed_weights_tape_and_gradients_alone(monkeyp
     prior = FlowPrior(MAF(6, num_layers=5, hidden_dims=[128, 128]))
     (-prior.log_prob(torch.randn(50, 6)).mean()).backward()
     packed, _, gradients = sizes
-    assert gradients < 1.3 * packed  # those of the parameters and the packed ones share it
+    assert gradients < 1.3 * packed  # the parameters' gradients and the packed ones share it

@@ -1,4 +1,4 @@
-"""Models whose plates subsample: every row is scored, or why not is said."""
+"""Models whose plates subsample: all rows are scored, or a message says why not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {"steps": 5, "num_particles": 2, "progress": False}
 TABLE = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
 
 
-# -- models that subsample by n and m of their rows, or by none of them ------------------------------------------------
+# -- models that subsample n and m of their rows, or none --------------------------------------------------------------
 
 
 def rows(n: int | None = None, m: int | None = None) -> None:
@@ -72,7 +72,7 @@ def sequential(n: int | None = None, m: int | None = None) -> None:
 
 
 def by_hand(n: int | None = None, m: int | None = None) -> None:
-    """Through `pyro.subsample`, numpy, and a factor."""
+    """A model that subsamples by `pyro.subsample`, numpy and a factor."""
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", 7, subsample_size=n):
         y = pyro.subsample(TABLE, event_dim=1)
@@ -82,7 +82,7 @@ def by_hand(n: int | None = None, m: int | None = None) -> None:
 
 
 def by_mask(n: int | None = None, m: int | None = None) -> None:
-    """In the order of the data, whatever that of the indices."""
+    """A model that subsamples by a mask, in the order of the data."""
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", 7, subsample_size=n) as i:
         pyro.sample("y", dist.Normal(loc, 1.0), obs=TABLE[torch.isin(torch.arange(7), i), 0])
@@ -268,7 +268,7 @@ def test_created_plates_make_latent_variables_of_all_rows(make: Any) -> None:
 
 
 def make_full(guide: Any) -> Any:
-    """A guide of all rows at once that draws as another does by minibatches."""
+    """A guide of all rows at once with the draws of a minibatch guide."""
 
     def full(y: Tensor) -> None:
         latent = pyro.sample("latent", guide.get_posterior(y), infer={"is_auxiliary": True})
@@ -311,8 +311,6 @@ def test_a_guide_that_draws_for_a_minibatch_alone_gets_no_verdict() -> None:
 
 
 def test_a_long_diagnosis_weighs_fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        guide_fitting, "MOST_DIAGNOSED", 5 * 15 * 2_000
-    )  # five runs, each of 15 values with the indices
+    monkeypatch.setattr(guide_fitting, "MOST_DIAGNOSED", 5 * 15 * 2_000)  # five runs, each with 15 values and indices
     fit = fit_guide(of_rows, AutoIAF(of_rows, **SMALL), torch.randn(35), 7, **QUICK)
     assert fit.diagnosis.num_samples == pytest.approx(2_000, rel=0.2)

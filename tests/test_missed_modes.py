@@ -1,4 +1,4 @@
-"""Modes that a guide has missed: they are found, with their share, and none are found where there are none."""
+"""The search for modes that a guide misses: it finds them with their probability, and no spurious ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def normal(index: int) -> Any:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_other_of_two_modes_is_found_with_its_share(index: int) -> None:
-    """The weights of the guide are equal, so that they say nothing."""
+    """The guide's importance weights are equal, so they do not reveal the other mode."""
     found = diagnose(two_modes, normal(index))
     assert found.ess > 9_999
     (mode,) = found.missed
@@ -45,8 +45,8 @@ def test_the_other_of_two_modes_is_found_with_its_share(index: int) -> None:
     assert f"misses {100 * mode.share:.0f} % of the posterior, near z = (" in found.verdict
 
 
-def test_a_guide_of_the_peak_of_something_broad_is_found_out() -> None:
-    """Within reach of its draws a spike hides the slab around it; both have their mode at 0."""
+def test_a_guide_that_covers_only_a_spike_is_detected() -> None:
+    """The guide covers a spike, which hides the slab around it; both have their mode at 0."""
 
     def model() -> None:
         prior = dist.Normal(torch.zeros(2), 5.0).to_event(1)
@@ -131,7 +131,7 @@ def heavy() -> None:
 
 @pytest.mark.parametrize("model", [funnel, skewed, heavy], ids=lambda model: model.__name__)
 def test_a_posterior_of_one_mode_has_none_that_its_own_draws_miss(model: Any) -> None:
-    """The prior is the posterior, so that its draws miss nothing, though the density of a funnel is highest far out."""
+    """The posterior is the prior, whose draws miss nothing, though a funnel's density is highest far out."""
     pyro.set_rng_seed(1)
     assert diagnose(model, model).missed == ()
 
@@ -142,7 +142,7 @@ def test_of_a_fitted_regression_nothing_is_missed() -> None:
 
 
 def test_discrete_sites_and_minibatches_are_summed_over_in_the_search() -> None:
-    """The squares of a number are observed, in minibatches and with outliers: its sign is not."""
+    """Minibatches observe the square of a number, with outliers, so its sign is undetermined."""
     y = 4.0 + 0.1 * torch.randn(20)
 
     def model(y: Tensor) -> None:
@@ -161,7 +161,7 @@ def test_discrete_sites_and_minibatches_are_summed_over_in_the_search() -> None:
 
 
 def in_turn() -> None:
-    """Two modes, of a model that has to be run for each draw."""
+    """A model with two modes that must be run for each draw."""
     z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     square = z[0] ** 2 if z[1] > -50 else -z[0]
     pyro.sample("y", dist.Normal(square, 0.5), obs=torch.tensor(4.0))

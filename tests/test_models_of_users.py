@@ -1,4 +1,4 @@
-"""Models as users write them, on which NUTS can start: a guide is set up, fitted, drawn from and used by NUTS."""
+"""Models as users write them, which NUTS can sample: guides are set up, fitted, sampled and used by NUTS."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_nothing_is_raised(model: Any) -> None:
     draws = guide.rsample((50,))
     assert all(bool(value.isfinite().all()) for value in draws.values())
     assert guide.quantiles([0.1, 0.9]).keys() == draws.keys()
-    if model is not raising_in_half_of_the_space:  # where Pyro scores no draw for which a model raises
+    if model is not raising_in_half_of_the_space:  # Pyro does not score draws for which the model raises
         Predictive(model, guide=guide, num_samples=2)()
         MCMC(NUTS(neutra(model, guide), max_tree_depth=2), 2, 2, disable_progbar=True).run()
 
@@ -148,7 +148,7 @@ def with_a_site_in_some_runs() -> None:
 
 
 def test_a_site_that_only_some_runs_have_is_refused_in_one_line() -> None:
-    """NUTS takes its density to be 1 in the others, or draws it there anew from run to run."""
+    """NUTS either ignores such a site in other runs or redraws it."""
     guide = AutoIAF(with_a_site_in_some_runs, **SMALL)
     with pytest.raises(ValueError, match=r"^AutoIAF expected a model with the same sites in every run, got .* w .*\.$"):
         guide.setup()
@@ -160,7 +160,7 @@ def raising_for_most_draws() -> None:
         raise ValueError("z is low")
 
 
-# Of the first draws the first is impossible, or the next two, or none.
+# The first draw is impossible, or the next two, or none.
 @pytest.mark.parametrize("seed", [4, 0, 1])
 def test_a_draw_at_which_the_model_raises_counts_as_impossible(seed: int) -> None:
     start = init_to_value(values={"z": torch.tensor(0.6)})

@@ -1,4 +1,4 @@
-"""Posteriors with several modes: which are seen, and the mixture of flows that covers them."""
+"""Posteriors with several modes: their detection, and the mixture of flows that covers them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CENTRES = torch.tensor([[-2.5, 0.0], [2.5, 1.0]])
 
 
 def score(z: Tensor, shares: tuple[float, ...] = (0.7, 0.3), scales: tuple[float, ...] = (0.5, 0.8)) -> Tensor:
-    """Log-density of two normals in the plane."""
+    """Log-density of a mixture of two normals in the plane."""
     centres, widths = CENTRES.to(z), torch.tensor(scales).to(z)
     parts = dist.Normal(centres, widths[:, None]).to_event(1).log_prob(z[..., None, :])
     return (parts + torch.tensor(shares).to(z).log()).logsumexp(-1)
 
 
 def apart() -> None:
-    """Two normals in the plane as a posterior."""
+    """A model whose posterior is a mixture of two normals in the plane."""
     prior = dist.Normal(torch.zeros(2), 5.0).to_event(1)
     z = pyro.sample("z", prior)
     pyro.factor("score", score(z) - prior.log_prob(z))
@@ -55,7 +55,7 @@ def ready(make: Any = AutoIAF, model: Any = apart) -> Any:
     return make(model, **SMALL).setup()
 
 
-# -- what is seen ------------------------------------------------------------------------------------------------------
+# -- detection ---------------------------------------------------------------------------------------------------------
 
 
 def test_each_mode_that_matters_has_a_normal_and_its_share() -> None:
@@ -82,7 +82,7 @@ def neck(z: Tensor) -> Tensor:
 
 
 def flat(z: Tensor) -> Tensor:
-    """Log-concave, with a plateau of ends."""
+    """A log-concave density with a plateau, where ascents end at different points."""
     return -torch.nn.functional.softplus(4 * (z.square().sum(-1) - 4))
 
 
@@ -138,7 +138,7 @@ def test_draws_are_stratified() -> None:
 
 
 def bound_of(guide: Any, seed: int) -> Tensor:
-    """The bound of 64 draws, with the noise of a seed."""
+    """The bound from 64 draws with a fixed seed."""
     torch.manual_seed(seed)
     latent = guide.transform.draw(64)
     return (score(latent) - guide.transform.log_density(latent)).mean()
@@ -149,7 +149,7 @@ def bound_of(guide: Any, seed: int) -> Tensor:
     [(RenyiELBO, 64, 1e-3), (Trace_ELBO, 40_000, 0.05), (TracePath_ELBO, 40_000, 0.05)],
 )
 def test_gradients_are_those_of_the_bound(objective: Any, draws: int, tolerance: float) -> None:
-    """By finite differences along the gradient; path gradients are so on average over many draws."""
+    """Against finite differences along the gradient; path gradients only agree on average over many draws."""
     torch.set_default_dtype(torch.float64)
     try:
         guide = AutoIAF(apart_in_double, **SMALL).setup()
@@ -160,7 +160,7 @@ def test_gradients_are_those_of_the_bound(objective: Any, draws: int, tolerance:
         for parameter in guide.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         for layer in guide.modules():
-            if isinstance(layer, Tails):  # below 0 its gradient is that of 0, by which it finds back
+            if isinstance(layer, Tails):  # below 0 the gradient is that at 0, which leads back
                 layer.free.abs_()
     parameters = list(guide.transform.parameters())
     elbo = objective(num_particles=draws, vectorize_particles=True, max_plate_nesting=1)
@@ -191,7 +191,7 @@ def apart_in_double() -> None:
 
 
 def test_shares_are_those_of_the_largest_bound() -> None:
-    """The bound, as a function of the share of one mode, is largest at the share that is set."""
+    """As a function of the share of one mode, the bound is largest at the share that was set."""
     guide = ready()
     guide.transform.set_shares(torch.tensor([0.2, 0.8]))
     torch.manual_seed(0)
@@ -271,7 +271,7 @@ def test_fit_guide_covers_both() -> None:
 
 @pytest.fixture
 def of_one_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts without ascents from other points, which find one mode."""
+    """Start without ascents from further points, so that only one mode is found."""
     monkeypatch.setattr("pyro_maf.infer.start.start.other_points", lambda score, loc, prior: loc.new_empty(0, len(loc)))
 
 
@@ -291,7 +291,7 @@ def test_a_mode_that_only_the_diagnosis_finds_is_covered_too() -> None:
 @pytest.mark.usefixtures("of_one_start")
 @pytest.mark.parametrize("is_further", [False, True])
 def test_ctrl_c_ends_a_fit_that_lacks_a_mode(is_further: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its first run, or twice before the first step of a further one is over."""
+    """In the first run, or twice before the first step of a later one ends."""
     runs, step = list[_Run](), _Run.step
 
     def pressed(run: _Run) -> None:
@@ -313,7 +313,7 @@ def test_ctrl_c_ends_a_fit_that_lacks_a_mode(is_further: bool, monkeypatch: pyte
 
 
 def labels(locs: tuple[float, ...], with_shares: bool) -> Callable[[], None]:
-    """A mixture model with a component at each location; its shares are 1, 2, 3, ... to each other, or known."""
+    """A mixture model with a component at each location, and unknown shares near 1 : 2 : 3 : ..., or known ones."""
     generator = torch.Generator().manual_seed(0)
     counts = [20 * (1 + index * with_shares) for index in range(len(locs))]
     y = torch.cat([loc + torch.randn(count, generator=generator) for loc, count in zip(locs, counts, strict=True)])
@@ -334,7 +334,7 @@ def labels(locs: tuple[float, ...], with_shares: bool) -> Callable[[], None]:
     [((-2.0, 2.0), False, 2), ((-4.0, 0.0, 4.0), False, 6), ((-4.0, 0.0, 4.0), True, 6)],
 )
 def test_every_order_of_labels_is_covered(locs: tuple[float, ...], with_shares: bool, modes: int) -> None:
-    """With shares on a simplex, orders are no permutations in unconstrained space."""
+    """With shares on a simplex, relabelling is not a permutation in unconstrained space."""
     pyro.set_rng_seed(0)
     guide = ready(model=labels(locs, with_shares))
     assert guide.modes == (modes, modes)
@@ -415,7 +415,7 @@ def test_neutra_moves_between_modes() -> None:
 
 
 def test_neutras_target_is_exact_at_any_noise() -> None:
-    """Its integral over the noise is that of the posterior's density, here 1, with the wrong shares too."""
+    """Its integral over the noise is that of the posterior's density, here 1, even with wrong shares."""
     guide = ready()
     guide.transform.set_shares(torch.tensor([0.5, 0.5]))
     torch.manual_seed(0)
@@ -460,7 +460,7 @@ def test_a_state_of_more_modes_is_loaded_into_a_guide_that_saw_fewer() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"init_scale": 0.3}])
 def test_pyros_store_restores_all_modes(options: dict[str, Any]) -> None:
-    """Also into a guide that saw one."""
+    """Also into a guide with one mode."""
     guide = ready()
     steps(Trace_ELBO(), apart, guide, 1)
     guide.transform.set_shares(torch.tensor([0.6, 0.4]))
@@ -483,7 +483,7 @@ def test_the_distribution_expands() -> None:
 
 @pytest.mark.parametrize("far", [1e3, 1e16, 1e25])
 def test_a_component_that_is_far_from_a_point_has_no_gradient_there(far: float) -> None:
-    """Neither NaN, as 0 times what overflows: one draw far out in a heavy tail ended a loop of SVI."""
+    """Nor NaN, from 0 times an overflow, by which one outlying draw would end a loop of SVI."""
     normal, heavy = Tails(2, lighter=False), Tails(2)
     torch.nn.init.constant_(normal.free, -0.5)
     torch.nn.init.constant_(heavy.free, 0.5)

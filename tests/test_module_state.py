@@ -1,4 +1,4 @@
-"""State of modules: any change that could alter what a call computes, but for the numbers in parameters, is seen."""
+"""Snapshots of modules: any change that may alter a call's result, other than parameter values, is detected."""
 
 from __future__ import annotations
 

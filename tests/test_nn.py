@@ -1,4 +1,4 @@
-"""Masked networks: which output sees which input, what the layers compute, and what is refused."""
+"""Masked networks: dependencies of outputs on inputs, values of layers, and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ widths = st.lists(st.integers(1, 40), max_size=3)
 
 @st.composite
 def architectures(draw: Any) -> dict[str, Any]:
-    """What a MADE is built with."""
+    """Arguments of a MADE."""
     size = draw(st.integers(1, 10))
     return {
         "input_dim": size,
@@ -98,7 +98,7 @@ def test_an_output_is_reached_from_earlier_inputs_alone(a: dict[str, Any]) -> No
     found = each[a["order"], 0][:, a["order"]]
     earlier = torch.ones(size, size, dtype=double).tril(-1)
     assert bool((found <= earlier).all())
-    # Whatever the widths, the last output sees all; with a unit of each degree in each layer, every output does.
+    # The last output sees all inputs before it whatever the widths; with units of all degrees in each layer, so do all.
     assert torch.equal(found[-1], earlier[-1])
     if a["degrees"] == "sequential" and min(hidden, default=size) >= size - lowest:
         assert torch.equal(found, earlier)
@@ -185,7 +185,7 @@ def test_every_unit_sees_every_feature_of_the_context() -> None:
     def first(context: Tensor) -> Tensor:
         return made(x, context)[2, 0]
 
-    # The first output has no input before it; it has units of its own between it and the context.
+    # The first output has no input before it, but hidden units between it and the context.
     assert bool((torch.autograd.functional.jacobian(first, context) != 0).all())
     assert bool((torch.autograd.functional.hessian(first, context) != 0).all())
 
@@ -200,7 +200,7 @@ def test_context_broadcasts_over_the_batch() -> None:
 
 
 def test_state_dict_holds_order_and_degrees() -> None:
-    """Weights that are loaded behind another order or other degrees are the stored map, in both directions."""
+    """A network with another order or degrees becomes the stored map by loading its state, in both directions."""
     stored = MaskedAutoregressive(5, hidden_dims=[9, 7], order=[3, 1, 4, 0, 2], degrees="random", seed=1).double()
     for parameter in stored.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -225,7 +225,7 @@ def test_outputs_of_low_rank_are_those_of_a_product_of_weights(context_dim: int)
 
 
 def of_full_rank(made: Any) -> dict[str, Tensor]:
-    """The state of the same network with a last layer of all outputs."""
+    """The state of the same network with a full-rank last layer."""
     state = made.state_dict()
     matrix, bias = state.pop("head.weight"), state.pop("head.bias").flatten()
     for name in ("layers.1.weight", "layers.1.bias", "context_layers.1.weight"):
@@ -237,7 +237,7 @@ def of_full_rank(made: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_a_state_keeps_its_rank(rank: int | None) -> None:
-    """A file of either form is read by whatever form is built: it may be older than the rule by which one is chosen."""
+    """Either form loads a state of the other, since files may predate the rule that chooses the form."""
     stored, other = (ConditionalMaskedAutoregressive(4, 2, hidden_dims=[9], univariate="spline").double() for _ in "ab")
     stored.flow.made.set_rank(rank)
     other.flow.made.set_rank(None if rank else 5)
@@ -337,8 +337,8 @@ def test_a_feature_of_the_context_starts_with_about_the_weight_of_an_input():
     made = MADE(400, [300, 300], context_dim=10)
     with torch.no_grad():
         for layer, context_layer in zip(made.layers, made.context_layers, strict=True):
-            # The last units see the most inputs.
+            # The last units see most inputs.
             of_inputs = layer.weight[-50:][layer.mask[-50:] == 1].square().mean().item()
             assert context_layer.weight[-50:].square().mean().item() == pytest.approx(of_inputs, rel=0.2)
-        # One that sees nothing but the context has a weight to match.
+        # A unit that sees only the context is matched by its weights.
         assert MLP(0, [300], 2, context_dim=10).context_layers[0].weight.abs().max() > 0.3

@@ -16,7 +16,7 @@ double = torch.float64
 
 
 def shaken(flow: Any, size: float = 0.5) -> Any:
-    """In float64, moved away from the identity."""
+    """The layer in float64 with random parameters."""
     flow.double()
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -57,7 +57,7 @@ def test_batch_norm_trains_on_the_statistics_of_the_batch() -> None:
     close(layer.log_abs_det_jacobian(x, y), log_det(layer, variance).expand(50))
     close(layer.mean, 0.1 * mean)
     close(layer.variance, 0.9 + 0.1 * variance)
-    # Those of a batch of any shape are over all its rows.
+    # Statistics of a batch of any shape are over all its rows.
     close(layer.inv(y.view(5, 10, 3)), x.view(5, 10, 3))
     close(layer.mean, (0.09 + 0.1) * mean)
 
@@ -97,7 +97,7 @@ def test_batch_norm_differentiates_the_statistics_of_the_batch() -> None:
         return layer.inverse_and_log_det(y)
 
     assert torch.autograd.gradcheck(both, (y,))
-    # A batch that is moved is the same batch to it.
+    # A shifted batch has the same output.
     shifted = torch.autograd.functional.jvp(layer.inv, y, torch.ones_like(y))[1]
     close(shifted, torch.zeros_like(shifted))
 

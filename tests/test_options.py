@@ -1,4 +1,4 @@
-"""Options that a class forwards: in its signature, in errors, and in what is saved."""
+"""Options that a class forwards: in its signature, errors and saved files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ each = pytest.mark.parametrize("cls", OPTIONS, ids=lambda cls: cls.__name__)
 
 
 def built(cls: type, **options: Any) -> Any:
-    """An instance of a class, for three dimensions and, if it takes a context, two features."""
+    """An instance of a class for three dimensions and, if conditional, two context features."""
     if cls is FlowPrior:
         return FlowPrior(MAF(3, num_layers=1), **options)
     if cls is ConditionalFlowPrior:

@@ -1,4 +1,4 @@
-"""Our densities against those of zuko and nflows with the same weights: oracles that nobody here wrote.
+"""Our densities against those of zuko and nflows with the same weights, as independent references.
 
 Networks, masks, permutations, flows and base distributions are the peer's own. It is told two things: the map of one
 dimension, which the peers parametrize in other ways, and which of its hidden units is which of ours, since everybody
@@ -24,10 +24,10 @@ from pyro_maf.transforms import BatchNorm, Conditioned, Flow
 
 DIM, CONTEXT_DIM, LAYERS, ROWS = 5, 3, 4, 40
 double = torch.float64
-# Where tails begin and how large a log-scale can be: written down here, since a stored flow is another density with
+# The start of tails and the bound of log-scales are repeated here, since stored flows would change their density with
 # other numbers.
 BULK, BOUND = 3.0, 3.0
-# With a multiple of D - 1 units, or of D at a context, everybody gives a layer the same number of units of each degree.
+# With a multiple of D - 1 units, or of D with a context, all packages have equally many units of each degree.
 WIDTHS, WIDTHS_AT_A_CONTEXT = [12, 12], [15, 10]
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
     "relu": (nn.ReLU, F.relu),
@@ -39,7 +39,7 @@ every_order = pytest.mark.parametrize("order", ["reverse", "random"])
 
 
 def modest(flow: Any) -> Any:
-    """In float64 and eval mode, with weights that leave most data where the tails have not begun."""
+    """The flow in float64 and eval mode with moderate weights, so that most data stay out of the tails."""
     flow = flow.double().eval()
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -53,14 +53,14 @@ def modest(flow: Any) -> Any:
 
 
 def assert_agrees(flow: Flow, log_prob: Callable[[Tensor], Tensor], to_data: Callable[[Tensor], Tensor]) -> None:
-    """Densities, their gradients in the data, and the data made of given noise."""
-    # For each row the first of a few draws whose every value on the way lies in the bulk.
+    """Compare densities, their gradients with respect to the data, and data from given noise."""
+    # For each row, the first draw whose intermediate values all lie in the bulk.
     values = values_between_layers(flow, 3 * torch.rand(100, ROWS, DIM, dtype=double) - 1.5)
     in_the_bulk = values.abs().amax((0, -1)) <= BULK
     values = values[:, in_the_bulk.int().argmax(0), torch.arange(ROWS)]
     assert float(values.abs().max()) <= BULK
     y, noise = values[0], values[-1]
-    # Were the flow all but linear, there would be little to agree on.
+    # A nearly linear flow would be a weak test.
     assert float(flow.inv.log_abs_det_jacobian(y, noise).detach().std()) > 0.1
     y.requires_grad_()
     base = dist.Normal(torch.zeros(DIM, dtype=double), 1.0).to_event(1)
@@ -74,7 +74,7 @@ def assert_agrees(flow: Flow, log_prob: Callable[[Tensor], Tensor], to_data: Cal
 
 
 def values_between_layers(flow: Flow, y: Tensor) -> Tensor:
-    """Data, what each layer makes of it, and the noise at last: all that networks are shown is among these."""
+    """Data, the output of each layer and the noise, which include all inputs of networks."""
     context = getattr(flow, "context", None)
     stack: Any = flow if context is None else flow.flow  # type: ignore[attr-defined]
     values = [y]
@@ -85,7 +85,7 @@ def values_between_layers(flow: Flow, y: Tensor) -> Tensor:
     return torch.stack(values)
 
 
-# Handing over weights
+# Copying weights
 
 
 class Layer(NamedTuple):
@@ -95,7 +95,7 @@ class Layer(NamedTuple):
 
 
 def layers_of(network: Any) -> list[Layer]:
-    """The layers of anybody's network; of ours, a context counts among the inputs of the first."""
+    """Linear layers of any package's network; for ours, the context is among the first layer's inputs."""
     modules = (
         network.layers if isinstance(network, (MADE, MLP)) else [m for m in network.modules() if hasattr(m, "weight")]
     )
@@ -130,7 +130,7 @@ def hand_over(ours: Any, theirs: Any, outputs: Tensor, inputs: Tensor | None = N
 
 
 def degrees_of(layers: Sequence[Layer]) -> list[Tensor]:
-    """How many inputs each hidden unit can see, by following the masks."""
+    """Number of inputs that each hidden unit sees, from the masks."""
     seen, counts = torch.eye(layers[0].weight.shape[1], dtype=double), []
     for layer in layers[:-1]:
         seen = (layer.mask.to(double) @ seen > 0).to(double)
@@ -139,7 +139,7 @@ def degrees_of(layers: Sequence[Layer]) -> list[Tensor]:
 
 
 def pairing(own: Tensor, other: Tensor) -> Tensor:
-    """For each of their units one of ours that has its degree."""
+    """For each of the peer's units, one of ours with the same degree."""
     places = torch.empty_like(other)
     places[other.argsort(stable=True)] = own.argsort(stable=True)
     assert torch.equal(own[places], other)
@@ -155,7 +155,7 @@ def noise_to_data(shift: Tensor, a: Tensor) -> AffineTransform:
     return AffineTransform(shift * torch.exp(alpha_of(a) / 2), torch.exp(alpha_of(a)))
 
 
-# zuko: every layer takes data to noise, the first one next to the data
+# zuko: layers map data to noise, the first one next to the data
 
 
 def zuko_options(network: Any) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def zuko_options(network: Any) -> dict[str, Any]:
 
 
 def zuko_maf(flow: Any, order: str) -> Any:
-    """Its own MAF, whose orders are ours where they alternate; any others are put in."""
+    """zuko's MAF, whose alternating orders equal ours; other orders are set."""
     zuko = pytest.importorskip("zuko")
     peer = zuko.flows.MAF(DIM, transforms=LAYERS, **zuko_options(flow[0].made)).double()
     for index, layer in enumerate(reversed(list(flow))):
@@ -181,7 +181,7 @@ def zuko_maf(flow: Any, order: str) -> Any:
 
 
 def zuko_real_nvp(flow: Any, order: str) -> Any:
-    """Its own RealNVP, whose masks are ours where they alternate; any others are put in."""
+    """zuko's RealNVP, whose alternating masks equal ours; other masks are set."""
     zuko = pytest.importorskip("zuko")
     peer = zuko.flows.RealNVP(DIM, transforms=LAYERS, **zuko_options(flow[0].networks[0])).double()
     for index, layer in enumerate(reversed(list(flow))):
@@ -190,7 +190,7 @@ def zuko_real_nvp(flow: Any, order: str) -> Any:
                 DIM, mask=layer.mask, **zuko_options(layer.networks[0])
             ).double()
         assert torch.equal(peer.transform.transforms[index].mask, layer.mask)
-        # All shifts and then all scales here, a pair for each dimension there.
+        # Ours has all shifts before all scales, zuko's a pair for each dimension.
         outputs = torch.arange(2 * int((~layer.mask).sum())).view(2, -1).T.flatten()
         hand_over(layer.networks[0], peer.transform.transforms[index].hyper, outputs)
     return peer
@@ -214,7 +214,7 @@ def test_maf_of_any_depth_agrees_with_zuko(order: str, widths: list[int]) -> Non
 
 @every_order
 def test_iaf_agrees_with_zuko(order: str) -> None:
-    """Turned around, a MAF that takes data to noise with the inverse map is an IAF."""
+    """The inverse of a MAF with the inverse univariate map is an IAF."""
     zuko = pytest.importorskip("zuko")
     flow = modest(IAF(DIM, num_layers=LAYERS, hidden_dims=WIDTHS, order=order))
     layers = []
@@ -239,7 +239,7 @@ def test_real_nvp_agrees_with_zuko(order: str, activation: str) -> None:
 @pytest.mark.parametrize("batch", [(), (ROWS,)], ids=["one context", "a context for each row"])
 @pytest.mark.parametrize("make", [ConditionalMAF, ConditionalRealNVP])
 def test_conditional_flows_agree_with_zuko(make: Any, order: str, batch: tuple[int, ...]) -> None:
-    """A context that enters by the first layer alone, as zuko's does."""
+    """With a context that enters only the first layer, as in zuko."""
     options: dict[str, Any] = {"hidden_dims": WIDTHS_AT_A_CONTEXT, "activation": "elu", "order": order}
     conditional = modest(make(DIM, CONTEXT_DIM, num_layers=LAYERS, **options))
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_conditional_flows_agree_with_zuko(make: Any, order: str, batch: tuple[i
     assert_agrees(conditional.condition(context), peer.log_prob, peer.transform.inv)
 
 
-# nflows: a transform takes data to noise as z = scale y + shift
+# nflows: transforms map data to noise by z = scale y + shift
 
 
 def scale_and_shift(a: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +260,7 @@ def scale_and_shift(a: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nflows_flow(transforms: list[Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Its density, and its way from noise to data."""
+    """nflows' density, and its map from noise to data."""
     from nflows.distributions.normal import StandardNormal
     from nflows.flows.base import Flow as NFlow
     from nflows.transforms.base import CompositeTransform
@@ -276,7 +276,7 @@ def nflows_maf_layer(made: Any) -> list[Any]:
     from nflows.transforms.permutations import Permutation
 
     class Bounded(MaskedAffineAutoregressiveTransform):
-        """With the numbers whose softplus, plus epsilon, is our scale."""
+        """An autoregressive transform whose unconstrained scales yield ours."""
 
         def _unconstrained_scale_and_shift(self, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
             scale, shift = scale_and_shift(*super()._unconstrained_scale_and_shift(autoregressive_params))
@@ -291,7 +291,7 @@ def nflows_maf_layer(made: Any) -> list[Any]:
         use_residual_blocks=False,
         activation=ACTIVATIONS[made.activation][1],
     ).double()
-    # A pair for each dimension: shift and scale here, scale and shift there.
+    # Ours has pairs of shift and scale, nflows pairs of scale and shift.
     outputs = torch.arange(2 * DIM).view(DIM, 2)[made.order].flip(1).flatten()
     hand_over(made, layer.autoregressive_net, outputs, inputs=made.order)
     permutation = Permutation(made.order)
@@ -322,7 +322,7 @@ def nflows_coupling(layer: Any) -> Any:
             return scale_and_shift(a, shift)
 
     class SideBySide(nn.Module):
-        """One network, or one for shifts and one for scales; a context is not theirs."""
+        """One network, or one for shifts and one for scales, without a context."""
 
         def __init__(self, kept: int, outputs: int) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling, against arviz and by what it is for."""
+"""Pareto-smoothed importance sampling, against arviz and on heavy-tailed weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro_maf.infer.diagnosis.pareto import fit_pareto, smoothed_log_weights
 @pytest.mark.parametrize("size", [100, 784, 4096])
 @pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 5.0])
 def test_it_agrees_with_arviz(size: int, spread: float) -> None:
-    """Of sizes whose tails have no fraction: arviz rounds it up, as the paper does, and from version 1 on down."""
+    """For sample sizes with a whole tail length, which arviz rounds up and from version 1 on down."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
@@ -32,7 +32,7 @@ def test_it_agrees_with_arviz(size: int, spread: float) -> None:
     assert (k_hat >= 1) == (spread == 5)
     if k_hat < 1:
         torch.testing.assert_close(smooth, torch.as_tensor(np.asarray(expected)), rtol=0, atol=1e-9)
-    else:  # no mean, and so no quantiles to take weights from: bounded by the square root of n times the mean
+    else:  # without a mean there are no quantiles, so weights are bounded by the square root of n times the mean
         bounded = log_weights.clamp(max=float(log_weights.logsumexp(0)) - 0.5 * math.log(size))
         torch.testing.assert_close(smooth, bounded.log_softmax(0), rtol=0, atol=1e-9)
 

@@ -1,4 +1,4 @@
-"""The path gradient of the evidence lower bound, against what it is made of."""
+"""The path gradient of the evidence lower bound, against the full gradient and its score term."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def density_elbo(**options: Any) -> Any:
-    """`Trace_ELBO` as of other guides, whose gradient of the entropy is that of the density."""
+    """`Trace_ELBO` as for other guides, whose entropy term keeps the gradient through the density's parameters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         from parts.steps import DensityELBO
@@ -38,7 +38,7 @@ def shake(parameters: list[Tensor]) -> None:
 
 
 def trained(guide: Callable[[], Any]) -> list[Tensor]:
-    """What a guide has to train: as Pyro finds it."""
+    """Trainable parameters of a guide, as Pyro finds them."""
     trace: Any = poutine.trace(guide, param_only=True).get_trace()
     return [site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"]
 
@@ -52,7 +52,7 @@ def gradients(objective: Any, model: Any, guide: Any, parameters: list[Tensor]) 
 
 
 def scores(guide: Any, parameters: list[Tensor], particles: int) -> list[Tensor]:
-    """The derivative of log q by its parameters at fixed draws, the same as those of `gradients`."""
+    """Gradient of log q with respect to its parameters at fixed draws, those of `gradients`."""
     pyro.set_rng_seed(3)
     with pyro.plate("particles", particles, dim=-3):
         trace: Any = poutine.trace(guide).get_trace()
@@ -71,7 +71,7 @@ def largest(found: list[Tensor]) -> float:
 
 
 def differ_by_the_score(model: Any, guide: Any, particles: int = 3) -> None:
-    """Same value, and gradients that differ by what has mean zero, draw by draw."""
+    """Values are equal, and gradients differ by the score, which has mean zero, draw by draw."""
     parameters = trained(guide)
     shake(parameters)
     options: dict[str, Any] = {"num_particles": particles, "vectorize_particles": True, "max_plate_nesting": 2}
@@ -265,7 +265,7 @@ def test_a_site_that_is_not_reparameterised_is_named() -> None:
 
 
 def test_the_mean_over_many_draws_is_that_of_the_usual_gradient() -> None:
-    """A gamma posterior and a normal guide that is far from it."""
+    """For a gamma posterior and a normal guide far from it."""
     guide = AutoNormal(counting, init_scale=0.5)
     guide()
     parameters = trained(guide)

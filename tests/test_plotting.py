@@ -1,4 +1,4 @@
-"""Pictures: the axes they have, what they draw, and that they can be written."""
+"""Plots: their axes, their contents, and saving them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows():
 
 
 def randomised(module):
-    """A model that is no longer the identity."""
+    """A model with random weights."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -118,7 +118,7 @@ def test_noise_draws_what_the_flow_pulls_the_standardised_data_to(rows):
     ids=["MADEMoG", "MAFMoG"],
 )
 def test_the_noise_of_a_mixture_has_the_density_that_its_jacobian_says(model):
-    # log p(y) = log N(u; 0, I) + log |det du/dy| holds for the true noise of y, and for nothing else of this form.
+    # log p(y) = log N(u; 0, I) + log |det du/dy| holds only for the noise u of y.
     model = randomised(model)
     y = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
     u = FlowPrior(model).noise(y[None])[0]
@@ -246,7 +246,7 @@ def test_marginals_count_all_rows_of_data_and_samples_in_the_bins_of_the_data(ro
 
 
 def band_of(figure):
-    """The band behind the bars, as a box of data: a rectangle, or before matplotlib 3.9 a polygon."""
+    """Bounding box of the band behind the bars, a rectangle or, before matplotlib 3.9, a polygon."""
     axes = figure.axes[0]
     return axes.patches[-1].get_extents().transformed(axes.transData.inverted())
 

@@ -1,4 +1,4 @@
-"""Trained flows in float32: they invert far out, where rounding would show first."""
+"""Trained flows in float32 invert far out, where rounding matters most."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro_maf.transforms import Flow
 
 
 def tumours() -> Tensor:
-    """Ten strongly correlated columns: radius, perimeter and area among them."""
+    """Ten strongly correlated columns, such as radius, perimeter and area."""
     return torch.from_numpy(load_breast_cancer().data[:, :10])
 
 
@@ -21,7 +21,7 @@ DATA = {"Figure 1": lambda: FigureOne().sample(4000), "Pinwheel": lambda: Pinwhe
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """Largest distance between rows, relative to their length."""
+    """Largest relative distance between corresponding rows."""
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1)).max())
 
 

@@ -1,4 +1,4 @@
-"""Flow priors on their supports, made from draws, and in inference: SVI, NUTS, importance sampling, plates."""
+"""Flow priors on their supports, fitted to draws, and in inference: SVI, NUTS, importance sampling, plates."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rows_on(support: Any, rows: int = 100) -> Tensor:
 
 
 def grid_of(support: Any) -> tuple[Tensor, Tensor]:
-    """Points in the support, even in an unconstrained space of its own, and the volume that each stands for."""
+    """Points in the support on a regular grid in unconstrained space, and the volume of each."""
     z = torch.linspace(-12, 12, 241, dtype=torch.float64)
     step = float(z[1] - z[0])
     line = {
@@ -65,7 +65,7 @@ def grid_of(support: Any) -> tuple[Tensor, Tensor]:
         "unit_interval": (z.sigmoid(), z.sigmoid() * (-z).sigmoid() * step),
     }
     if support == "simplex":
-        # Of the triangle y_1 + y_2 < 1: y_1 = a, y_2 = (1 - a) b.
+        # For the triangle y_1 + y_2 < 1: y_1 = a, y_2 = (1 - a) b.
         (a, volume) = line["unit_interval"]
         y = torch.stack([a[:, None].expand(-1, 241), (1 - a)[:, None] * a, (1 - a)[:, None] * (1 - a)], -1)
         return y.flatten(0, 1), (volume[:, None] * (1 - a)[:, None] * volume).flatten()
@@ -93,7 +93,7 @@ def test_integrates_to_one_on_its_support(support: Any, make: Any) -> None:
 
 
 def test_integrates_to_one_on_the_simplex_as_a_distribution_of_its_first_entries() -> None:
-    """A plain grid over y_1 and y_2, and the density of the same points as torch has it."""
+    """On a regular grid of y_1 and y_2, and against the density by torch."""
     line = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     y = torch.cartesian_prod(line, line)
     y = y[y.sum(-1) < 1 - 1e-9]
@@ -201,12 +201,12 @@ def test_compiles_whole_and_under_vmap(support: Any) -> None:
     prior = prior_on(support)
     y = prior.sample((4,))
     expected = prior.log_prob(y.clone())
-    torch._dynamo.reset()  # what other tests compiled counts against its limit
+    torch._dynamo.reset()  # since compilation in other tests counts against its limit
     torch.testing.assert_close(torch.compile(prior.log_prob, fullgraph=True, backend="eager")(y), expected)
     torch.testing.assert_close(torch.func.vmap(prior.log_prob)(y), expected)
 
 
-# -- what a support may be given as ------------------------------------------------------------------------------------
+# -- forms of a support ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_fit_prior_returns_a_frozen_prior_on_the_support_and_is_repeatable(suppo
 def test_fit_prior_has_the_options_of_fit() -> None:
     shown, of_fit = (dict(inspect.signature(function).parameters) for function in (fit_prior, pyro_maf.fit))
     assert list(shown)[:2] == ["data", "flow"]
-    # A prior is a density of all columns, its data come first, and a score of test rows would be lost.
+    # A prior is a joint density of all columns, its draws come first, and it has no test score.
     assert shown.keys() - {"flow"} == of_fit.keys() - {"model", "dequantise", "test"}
     assert all(shown[name].default == of_fit[name].default for name in shown.keys() - {"flow", "data"})
     types = get_type_hints(pyro_maf.fit)
@@ -437,7 +437,7 @@ def test_fit_prior_has_the_options_of_fit() -> None:
 
 
 def test_fit_learns_in_the_units_of_unconstrained_data() -> None:
-    """Log-normal data: standardised, its logarithm is what a flow starts as."""
+    """The standardised logarithm of log-normal data is the flow's initial distribution."""
     truth = dist.LogNormal(torch.tensor([5.0, -3.0]).double(), torch.tensor([2.0, 0.1]).double()).to_event(1)
     torch.manual_seed(1)
     data, test = truth.sample((400,)), truth.sample((2000,))
@@ -546,7 +546,7 @@ def test_fit_says_what_does_not_fit(call: Callable[[Tensor], Any], message: str)
 
 # -- inference ---------------------------------------------------------------------------------------------------------
 #
-# The prior of a rate is log-normal, made by a flow that starts as the identity; the data are Poisson.
+# The prior of a rate is log-normal, by a flow that starts as the identity; the data are Poisson counts.
 
 COUNTS = torch.tensor([3.0, 4.0, 2.0, 5.0])
 
@@ -556,7 +556,7 @@ def rate_prior() -> FlowPrior:
 
 
 def exact_rate() -> tuple[float, float]:
-    """Mean and standard deviation of the rate given COUNTS, on a grid."""
+    """Mean and standard deviation of the rate given COUNTS, by quadrature."""
     rate = torch.linspace(0.01, 15, 15_000, dtype=torch.float64)
     log_joint = dist.LogNormal(0.0, 0.5).log_prob(rate) + dist.Poisson(rate[:, None]).log_prob(COUNTS).sum(-1)
     p = log_joint.softmax(0)
@@ -606,7 +606,7 @@ def test_importance_sampling_finds_the_posterior() -> None:
 
 @pytest.mark.parametrize("make", [MAF, IAF])
 def test_svi_finds_the_posterior_with_a_prior_as_the_guide(make: Any) -> None:
-    """A frozen prior in the model, and another, trained, that the guide draws from: particles in a plate."""
+    """A frozen prior in the model and a trained one as guide, with vectorised particles."""
     prior, posterior = rate_prior(), FlowPrior(make(1, num_layers=1, **SMALL), support="positive")
 
     def guide(_: FlowPrior) -> None:
@@ -644,7 +644,7 @@ def test_svi_in_a_plate_with_an_autoguide(support: Any) -> None:
 
 
 def test_frozen_it_stays_and_unfrozen_it_trains() -> None:
-    """An empirical Bayes fit: with `pyro.module`, an unfrozen prior moves to where the data put it."""
+    """Empirical Bayes: with `pyro.module`, an unfrozen prior is fitted to the data."""
     data = 5 + torch.randn(50, 2)
     prior = fit_prior(torch.randn(200, 2), MAF(2, num_layers=1, **SMALL), **QUICK)
 

@@ -243,7 +243,7 @@ def test_validation_rows_are_found_by_name(result: Any) -> None:
     assert given.score(shuffled).mean().item() == pytest.approx(given.validation_log_likelihood, abs=1e-5)
 
 
-# -- priors from draws ------------------------------------------------------------------------------------------------
+# -- priors from draws -------------------------------------------------------------------------------------------------
 
 
 def model() -> None:

@@ -125,7 +125,7 @@ def text(content: str | bytes) -> io.BytesIO:
     return io.BytesIO(content if isinstance(content, bytes) else content.encode())
 
 
-# -- what is read -----------------------------------------------------------------------------------------------------
+# -- what is read ------------------------------------------------------------------------------------------------------
 
 
 @with_names
@@ -331,7 +331,7 @@ def test_a_large_table_is_as_precise_as_a_small_one(tmp_path: Path, dtype: str |
         assert np.array_equal(table.data, given[columns].to_numpy(expected))
 
 
-# -- larger than memory -----------------------------------------------------------------------------------------------
+# -- larger than memory ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -395,7 +395,7 @@ def test_temporary_files_are_gone_when_the_program_ends() -> None:
     assert temporary_file(".table").exists()
 
 
-# -- another table, in the same way -----------------------------------------------------------------------------------
+# -- another table, in the same way ------------------------------------------------------------------------------------
 
 
 @with_names
@@ -431,7 +431,7 @@ def test_a_table_without_names_fits_a_layout_of_as_many_columns(tmp_path: Path) 
         read_table(save_npy(tmp_path / "wide.npy", np.ones((3, 4))), columns=columns)
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 WRONG_TEXT = {

@@ -82,7 +82,7 @@ CONDITIONAL_FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-# -- learning ---------------------------------------------------------------------------------------------------------
+# -- learning ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_correlated_gaussian_is_learnt() -> None:
@@ -239,7 +239,7 @@ def test_averaged_weights_are_validated_and_training_goes_on_with_its_own() -> N
     assert min(lags[5:]) > 2 * rate
 
 
-# -- the same every time, and nothing else touched --------------------------------------------------------------------
+# -- the same every time, and nothing else touched ---------------------------------------------------------------------
 
 
 def noisy() -> Any:
@@ -314,7 +314,7 @@ def test_a_fitted_density_can_be_copied_and_pickled() -> None:
         assert torch.equal(twin.log_prob(rows), density.log_prob(rows))
 
 
-# -- ending -----------------------------------------------------------------------------------------------------------
+# -- ending ------------------------------------------------------------------------------------------------------------
 
 
 def test_it_ends_when_nothing_is_gained_any_more() -> None:
@@ -412,7 +412,7 @@ def test_a_fit_without_any_finite_step_ends_before_its_epoch_does() -> None:
     assert result.stop_reason == "no step had a finite loss and gradient, however low the learning rate"
 
 
-# -- what it shows ----------------------------------------------------------------------------------------------------
+# -- what it shows -----------------------------------------------------------------------------------------------------
 
 
 def test_the_bar_shows_epoch_losses_and_time_left(

@@ -42,7 +42,7 @@ def changed(row: int, column: int, value: float) -> Any:
     return rows
 
 
-# -- what may be given ------------------------------------------------------------------------------------------------
+# -- what may be given -------------------------------------------------------------------------------------------------
 
 FORMS: dict[str, Callable[[Any], Any]] = {
     "tensor": torch.from_numpy,
@@ -125,7 +125,7 @@ def test_a_table_of_a_file_is_fitted_and_named() -> None:
     assert (prior.input_dim, prior.context_dim) == (2, 1)
 
 
-# -- validation -------------------------------------------------------------------------------------------------------
+# -- validation --------------------------------------------------------------------------------------------------------
 
 
 def test_a_part_of_the_rows_is_set_aside_at_random() -> None:
@@ -262,7 +262,7 @@ def test_batches_are_even_and_leave_no_row_out(size: int) -> None:
     assert not torch.equal(torch.cat([batch.data for batch in first]), torch.cat([batch.data for batch in second]))
 
 
-# -- units ------------------------------------------------------------------------------------------------------------
+# -- units -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_density_is_in_the_units_of_the_data() -> None:
@@ -310,7 +310,7 @@ def test_a_conditional_prior_keeps_its_units(wrap: Callable[[Any], Any]) -> None
     assert result.density.density.model is prior.density.model
 
 
-# -- what is wrong ----------------------------------------------------------------------------------------------------
+# -- what is wrong -----------------------------------------------------------------------------------------------------
 
 NOT_A_TABLE = "fit expected data to be a tensor, array or data frame of numbers, got"
 

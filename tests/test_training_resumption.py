@@ -307,7 +307,7 @@ def test_a_log_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(after) == 5
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def test_a_fit_is_not_written_over(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_weight_that_plays_no_part_is_no_obstacle(tmp_path: Path) -> None:
     assert same(weights(whole.density), weights(second.density))
 
 
-# -- killed -----------------------------------------------------------------------------------------------------------
+# -- killed ------------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
     import sys

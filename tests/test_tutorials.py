@@ -57,7 +57,7 @@ def shown(cell: NotebookNode) -> str:
     return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in cell.outputs)
 
 
-# -- the notebooks ----------------------------------------------------------------------------------------------------
+# -- the notebooks -----------------------------------------------------------------------------------------------------
 
 
 def test_there_are_notebooks_and_the_folder_is_small() -> None:
@@ -122,7 +122,7 @@ def test_the_readme_has_every_notebook_in_reading_order() -> None:
     assert listed == [path.name for path in NOTEBOOKS]
 
 
-# -- what runs them ---------------------------------------------------------------------------------------------------
+# -- what runs them ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def model(family: Any = MAF, dim: int = 2, context_dim: int = 0) -> Any:
     return seeded(lambda: family(dim, context_dim, **shape) if context_dim else family(dim, **shape))
 
 
-# -- a bulk and what lies beyond it -----------------------------------------------------------------------------------
+# -- a bulk and what lies beyond it ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("far", [1e6, -1e30, 40.0])
@@ -120,7 +120,7 @@ def test_an_outlier_of_a_context_leaves_the_others_their_say() -> None:
     assert mean_log_prob(at, fresh) > -1.0  # without a context it is -1.5
 
 
-# -- tails ------------------------------------------------------------------------------------------------------------
+# -- tails -------------------------------------------------------------------------------------------------------------
 
 
 def test_columns_have_weights_of_tails_where_they_are_heavy() -> None:
@@ -240,7 +240,7 @@ def test_weights_of_tails_are_two_for_each_column(tails: Any) -> None:
         FlowPrior(model(), tails=tails)
 
 
-# -- columns that float32 does not hold -------------------------------------------------------------------------------
+# -- columns that float32 does not hold --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
