@@ -1,4 +1,4 @@
-"""Runs of layers in one compiled program: they give what torch gives, layer by layer, and take what they may."""
+"""Runs of layers as one compiled program: results equal those of torch layer by layer, and which layers qualify."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ BATCHES: list[tuple[int, ...]] = [(), (0,), (1,), (3,), (2, 4), (113,), (300,)]
 def results(
     flow: Flow, inverse: bool, v: Tensor, context: Tensor | None, tensors: list[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output and log-determinant, and the gradients of a function of them."""
+    """Output, log-determinant, and gradients of a function of both."""
     direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
     w, log_det = direction(v, context if flow.context_dim else None)
     loss = w.sin().sum() + log_det.square().sum()
@@ -154,7 +154,7 @@ def test_affine_layers_are_never_stale(inverse: bool) -> None:
         with torch.no_grad():
             return (of.inverse_and_log_det if inverse else of.forward_and_log_det)(v)[0]
 
-    with torch.inference_mode():  # what is computed here serves no graph, but does not hinder one
+    with torch.inference_mode():  # results of inference mode belong to no graph, but do not prevent later ones
         before = result(flow).clone()
     flow.forward_and_log_det(v)[0].sum().backward()
     for name, tensor in [*flow.named_parameters(), *flow.named_buffers()]:

@@ -1,4 +1,4 @@
-"""Flows where Pyro expects a transform: what it asks of its own, in distributions, modules, handlers and inference."""
+"""Flows as transforms in Pyro: in distributions, modules, handlers and inference."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def bound(name: str, input_dim: int = 3, inverted: bool = False) -> Flow:
 
 
 def shaken(flow: Any) -> Any:
-    """In float64, moved away from the identity."""
+    """The flow in float64 with random parameters."""
     flow = flow.double()
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -64,7 +64,7 @@ def shaken(flow: Any) -> Any:
 
 
 def normal(*shape: int, **kwargs: Any) -> Any:
-    """A standard normal of independent numbers, each its own event as yet."""
+    """A batch of independent standard normals with scalar events."""
     return dist.Normal(torch.zeros(shape, dtype=double), torch.ones(shape, dtype=double), **kwargs)
 
 
@@ -72,7 +72,7 @@ def transformed(flow: Any, *batch: int) -> Any:
     return dist.TransformedDistribution(normal(*batch, flow.input_dim).to_event(1), [flow])
 
 
-# What Pyro's own tests ask of any transform
+# The requirements of Pyro's own tests of transforms
 
 
 @every_transform
@@ -90,7 +90,7 @@ def test_says_what_it_is(name: str, inverted: bool) -> None:
 @every_transform
 @two_sizes
 def test_inverts_with_one_log_det(name: str, input_dim: int) -> None:
-    """`_call` and `_inverse` go past the cache."""
+    """`_call` and `_inverse` bypass the cache."""
     flow = bound(name, input_dim)
     x = normal(input_dim).sample([10])
     y = flow._call(x)
@@ -117,7 +117,7 @@ def test_log_det_is_that_of_finite_differences(name: str, input_dim: int, invert
 @pytest.mark.parametrize("batch", [(), (3,), (3, 4), (3, 4, 5)], ids=str)
 def test_shapes(name: str, inverted: bool, batch: tuple[int, ...]) -> None:
     flow = bound(name, inverted=inverted)
-    # A base whose numbers are events of their own: the distribution makes vectors of them.
+    # A base with scalar events, which the distribution turns into vectors.
     density = dist.TransformedDistribution(normal(*batch, 3), [flow])
     assert (density.batch_shape, density.event_shape) == (batch, (3,))
     assert flow.forward_shape(torch.Size(batch + (3,))) == flow.inverse_shape(torch.Size(batch + (3,))) == batch + (3,)
@@ -171,7 +171,7 @@ def test_expands_and_joins_events(name: str, inverted: bool) -> None:
 
 @every_transform
 def test_reparameterized_sample_and_its_score(name: str) -> None:
-    """What a sample scores, and the gradient, are those of a copy of it that no cache knows."""
+    """Score and gradient of a sample equal those of an uncached copy."""
     flow = bound(name)
     parameters = list(flow.parameters())
     density = transformed(flow)
@@ -190,7 +190,7 @@ def test_reparameterized_sample_and_its_score(name: str) -> None:
 
 @either_way
 def test_among_the_transforms_of_pyro(inverted: bool) -> None:
-    """Between elementwise ones: the support is the last one's, and log-determinants add up."""
+    """Between elementwise transforms, log-determinants add up, and the support is that of the last."""
     flow = bound("MAF", inverted=inverted)
     before = pyro_transforms.AffineTransform(1.0, 2.0)
     density = dist.TransformedDistribution(normal(3), [before, flow, pyro_transforms.SigmoidTransform()])
@@ -217,7 +217,7 @@ def test_in_a_compose_transform_module(inverted: bool, cache_size: int) -> None:
     torch.testing.assert_close(joint.log_prob(y), one_by_one.log_prob(y.clone()))
 
 
-# Given a context
+# Contexts
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
@@ -249,7 +249,7 @@ def test_conditional_and_plain_transforms_compose() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-# As modules of Pyro
+# Pyro modules
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_guide_with_vectorized_particles_finds_a_correlated_normal(make: Any) 
     svi = SVI(lambda: pyro.sample("z", target), guide, pyro.optim.Adam({"lr": 0.02}), elbo)
     losses = [svi.step() for _ in range(150)]
     assert all(map(math.isfinite, losses))
-    # The target is normalized, so the loss is a divergence: 3.7 at the start, 0 at best.
+    # The target is normalised, so the loss is a divergence, 3.7 at the start and 0 at best.
     assert sum(losses[:5]) / 5 > 1
     assert sum(losses[-30:]) / 30 < 0.1
 
@@ -410,9 +410,9 @@ def test_every_objective_takes_it_as_prior_and_guide(elbo: Any, inverted: bool) 
 
 
 @either_way
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")  # Pyro's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")  # warning of Pyro
 def test_the_jit_objective_trains_a_guide(inverted: bool) -> None:
-    """Traced by torch.jit once, with the sequential direction in it or without."""
+    """torch.jit traces the objective once, with or without the sequential direction."""
     target = dist.MultivariateNormal(torch.tensor([1.0, -1.0], dtype=double), CORRELATED)
     flow = IAF(2, **TINY).double()
     flow = flow.inv if inverted else flow

@@ -1,6 +1,6 @@
-"""What goes wrong with the autoregressive flow and the permutation of Pyro 1.9.2, and must not go wrong here.
+"""Defects of the autoregressive flow and the permutation of Pyro 1.9.2, which ours must not have.
 
-Every test asks its question of what the two builders make, and uses nothing that Pyro's own lack.
+The tests use the two builders, and only methods that Pyro's transforms have too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def permute(permutation: Tensor) -> Any:
 
 
 def shaken(flow: Any, gain: float = 0.5) -> Any:
-    """Weights drawn at random, as if trained, in the dtype of the flow."""
+    """The flow with random weights, as if trained."""
     with torch.no_grad():
         for parameter in flow.parameters():
             fan_in = parameter.shape[1] if parameter.dim() == 2 else 4
@@ -41,7 +41,7 @@ def density_of(flow: Any, input_dim: int = 3, **kwargs: Any) -> Any:
 
 
 def test_score_of_a_sample_follows_the_parameters() -> None:
-    """Pyro's cache knows nothing of weights: the density of a sample stays that of those it was drawn with."""
+    """Pyro's cache ignores weights, so a sample keeps the density under the weights that it was drawn with."""
     flow = shaken(autoregressive(3).double())
     density = density_of(flow)
     optimizer = torch.optim.SGD(flow.parameters(), lr=0.1)
@@ -52,7 +52,7 @@ def test_score_of_a_sample_follows_the_parameters() -> None:
 
 
 def test_trains_on_one_tensor_over_and_over() -> None:
-    """Pyro's cache knows the tensor from the step before, whose graph is gone: torch refuses the second backward."""
+    """Pyro's cache returns a result of the previous step, whose graph is freed, so the second backward fails."""
     flow = shaken(autoregressive(3).double())
     data = 1 + 0.5 * torch.randn(50, 3, dtype=torch.float64)
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.05)
@@ -67,7 +67,7 @@ def test_trains_on_one_tensor_over_and_over() -> None:
 
 
 def test_can_be_copied_after_use() -> None:
-    """Pyro's cache is copied along, and torch copies no tensor that has a history."""
+    """Pyro's cache is copied along, but torch does not copy tensors with a graph."""
     flow = shaken(autoregressive(3).double())
     x = torch.randn(4, 3, dtype=torch.float64)
     y = flow(x)
@@ -84,7 +84,7 @@ def test_inverts_in_double_precision_under_a_single_precision_default() -> None:
 
 
 def test_hidden_layers_may_be_narrower_than_the_input() -> None:
-    """Pyro refuses them. Even behind a bottleneck the last output sees every input before it."""
+    """Pyro refuses them, though even with a bottleneck the last output sees every input before it."""
     flow = shaken(autoregressive(5, [3]).double())
     jacobian = torch.autograd.functional.jacobian(flow, torch.full((5,), 0.5, dtype=torch.float64))
     assert bool((jacobian.tril() == jacobian).all())
@@ -93,7 +93,7 @@ def test_hidden_layers_may_be_narrower_than_the_input() -> None:
 
 @since_torch(6)
 def test_density_compiles_in_one_graph() -> None:
-    """In the parallel direction, and with validation off, since that branches on data."""
+    """In the parallel direction and without validation, which branches on data."""
     flow = shaken(autoregressive(3).double())
     density = density_of(flow.inv, validate_args=False)
     y = torch.randn(4, 3, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_density_compiles_in_one_graph() -> None:
 
 
 def test_inverted_layers_keep_their_parameters() -> None:
-    """Pyro's inverse is no module, so a stack of them is registered, trained and saved without any weights."""
+    """Pyro's inverse is not a module, so a stack of them registers, trains and saves no weights."""
     layers = [shaken(autoregressive(3).double()) for _ in range(2)]
     inverted = dist.ComposeTransformModule([layer.inv for layer in layers])
     wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -112,7 +112,7 @@ def test_inverted_layers_keep_their_parameters() -> None:
 
 
 def test_permutation_is_saved() -> None:
-    """Pyro's is no module: weights load without a word behind another permutation, and are another density."""
+    """Pyro's is not a module, so weights load silently after another permutation, which is another density."""
 
     def build(permutation: list[int]) -> Any:
         return dist.ComposeTransformModule([autoregressive(3).double(), permute(torch.tensor(permutation))])
@@ -126,7 +126,7 @@ def test_permutation_is_saved() -> None:
 
 @pytest.mark.parametrize("width", [2, 4])
 def test_a_wrong_width_is_named(width: int) -> None:
-    """From Pyro one hears of mat1 and mat2."""
+    """Pyro's error is about mat1 and mat2."""
     flow = autoregressive(3)
     for direction in (flow, flow.inv):
         with pytest.raises(ValueError, match=rf"expected . with last dimension 3 .*, got shape \(7, {width}\)"):
@@ -134,7 +134,7 @@ def test_a_wrong_width_is_named(width: int) -> None:
 
 
 def test_single_precision_round_trip_in_the_tails() -> None:
-    """Pyro clamps a log-scale a as a + (bound - a), of which float32 keeps few digits once a is large."""
+    """Pyro clamps a log-scale a by a + (bound - a), which loses precision in float32 for large a."""
     flow = shaken(autoregressive(5, [32, 32]), gain=2.0)
     x = 50 * torch.randn(1000, 5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The examples of README.md run, section by section, and print what it says they print."""
+"""The examples of README.md, run section by section, print what it shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's log joint density recorded as torch's operations, and steps of a fit that use it."""
+"""A model's log joint density recorded as torch operations, and fits that use the recording."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_recorded_values_and_gradients_are_those_of_the_function(function: Calla
 
 
 class Counter:
-    """A function with a state."""
+    """A function with state."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -247,7 +247,7 @@ def test_steps_of_a_plain_model_are_recorded(monkeypatch: pytest.MonkeyPatch, pl
 
 
 def test_a_model_whose_density_comes_to_change_is_run_at_each_step_from_then_on() -> None:
-    """Where neither its code nor torch's operations show that, a comparison does."""
+    """A comparison detects changes that neither the code nor torch's operations show."""
     shift, runs = np.zeros(1), []
 
     def model() -> None:
@@ -280,7 +280,7 @@ def test_networks_of_the_model_are_trained() -> None:
 
 
 def recursion(x: Tensor) -> Tensor:
-    """Variances of a series, each by the last one: numbers of a draw, put side by side at the end."""
+    """A recursion of variances, with one number per draw, stacked at the end."""
     level, share = x[:, 0].exp(), torch.sigmoid(x[:, 1])
     values = [level]
     for past in torch.linspace(-1.0, 2.0, 60):
@@ -290,7 +290,7 @@ def recursion(x: Tensor) -> Tensor:
 
 
 def system(x: Tensor) -> Tensor:
-    """A differential equation of two numbers, with the draws as the last dimension of its state."""
+    """A differential equation with two variables, whose state has draws as last dimension."""
     state = torch.stack([x[:, 0].exp(), 1 - x[:, 1]])
     rates = torch.tensor([0.5, -0.3], dtype=x.dtype)
     path = []
@@ -304,7 +304,7 @@ def system(x: Tensor) -> Tensor:
 
 
 def clamped(x: Tensor) -> Tensor:
-    """A recursion within bounds on either side, whose gradient joins two conditions in place."""
+    """A recursion clamped on both sides, whose gradient combines two conditions in place."""
     level = x[:, 0].exp()
     for _ in range(60):
         level = (0.9 * level + 0.1 * x[:, 1] ** 2).clamp(0.1, 2.0)
@@ -312,7 +312,7 @@ def clamped(x: Tensor) -> Tensor:
 
 
 def interleaved(x: Tensor) -> Tensor:
-    """Numbers that a later call of the kernel needs before an earlier one does, in the order of the function."""
+    """Values that a later kernel call needs before an earlier one does."""
     shared, number = torch.erf(x).sum(-1), x[:, 1]
     for _ in range(60):
         number = 0.9 * number + 0.1
@@ -325,7 +325,7 @@ def interleaved(x: Tensor) -> Tensor:
 
 
 def with_changes_between(x: Tensor) -> Tensor:
-    """Numbers of a draw between changes in place, which have to stay in their order."""
+    """Values between in-place changes, whose order must be preserved."""
     table, number = torch.zeros(len(x), 50), x[:, 0]
     for column in range(50):
         number = (number * 0.9 + x[:, 1] * table[:, column - 1].exp()).tanh() - 0.1 * number / (1 + number**2)

@@ -1,4 +1,4 @@
-"""Rows as a triangular linear map of residuals, and fits that start there."""
+"""Rows as a triangular linear map of residuals, and fits that start from that regression."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cholesky(rows: Tensor) -> Tensor:
 
 
 def sharp(count: int, seed: int = 0) -> Tensor:
-    """Three columns, of which each is nearly linear in those before it."""
+    """Three columns, each nearly linear in those before it."""
     x = noise(count, 3, seed=seed)
     return torch.stack([x[:, 0], x[:, 0] + x[:, 1] / 10, x[:, 0] - x[:, 1] + x[:, 2] / 20], 1)
 
@@ -39,7 +39,7 @@ def test_of_correlated_normal_columns_it_is_the_factor_of_their_covariance(dim: 
     rows = noise(500, dim, seed=seed) @ mixing.T / dim
     rows = (rows - rows.mean(0)) / rows.std(0)
     loc, factor, _ = triangular_regression(rows + 1)
-    unexplained = factor.diagonal() / cholesky(rows).diagonal()  # more of new rows than of those that are fitted
+    unexplained = factor.diagonal() / cholesky(rows).diagonal()  # scales are those of new rows, larger than in-sample
     assert unexplained.min() > 1 - 1e-3
     assert unexplained.max() < 1 + (dim + 2) / 500
     torch.testing.assert_close(factor / unexplained, cholesky(rows), rtol=1e-3, atol=1e-3)
@@ -93,7 +93,7 @@ def test_a_linear_layer_that_was_trained_is_not_begun_anew() -> None:
 
 
 def test_rows_count_as_often_as_their_weights_say() -> None:
-    rows = torch.cat([sharp(200), noise(200, 3)])  # of which the latter are independent, and do not count
+    rows = torch.cat([sharp(200), noise(200, 3)])  # the latter, independent, get weight 0
     model = MAF(3, num_layers=1, hidden_dims=[8], linear=True)
     weights = (torch.arange(400) < 200).double()
     fit(model, rows, weights=weights, learning_rate=1e-12, max_epochs=1, progress=False)
@@ -127,7 +127,7 @@ def test_with_nearly_as_many_features_as_rows_the_scale_is_that_of_new_rows() ->
     assert 0.8 < float(residuals.std()) < 1.25
 
 
-@pytest.mark.parametrize("rows", [100, 500])  # a mixture to start with, and a linear layer
+@pytest.mark.parametrize("rows", [100, 500])  # starts as a mixture, or with a linear layer
 @pytest.mark.parametrize("features", [2, 20])
 def test_a_column_that_is_linear_in_its_context_is_at_once(rows: int, features: int) -> None:
     context, new = noise(rows, features), noise(2000, features, seed=1)

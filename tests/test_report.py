@@ -1,4 +1,4 @@
-"""The report of a fit: what the page says, that it stands alone, and that it says so when it cannot be written."""
+"""The report of a fit: contents of the page, which is self-contained, and errors if it cannot be written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = {"num_layers": 1, "hidden_dims": [8]}
 
 
 class Page(HTMLParser):
-    """What a page is made of."""
+    """Parser that collects the parts of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -83,19 +83,19 @@ def result_of(density, **changes):
 
 
 def by_name(rows, names):
-    """The columns of rows by their names."""
+    """Columns of rows, by name."""
     return dict(zip(names, rows.unbind(1), strict=True))
 
 
 def standard(columns=2, **options):
-    """A density that is the standard normal, in the units given."""
+    """An untrained density in these units, a normal."""
     torch.manual_seed(0)
     return FlowPrior(MAF(columns, **SMALL), **options)
 
 
 @pytest.fixture
 def drawn(tmp_path):
-    """Writes and reads a page."""
+    """A function that writes a report and parses its page."""
 
     def written(density, data, **options):
         path = tmp_path / "report.html"
@@ -107,7 +107,7 @@ def drawn(tmp_path):
 
 @pytest.fixture
 def report(drawn, monkeypatch):
-    """The same with its pictures left undrawn, for tests of the words: drawing takes seconds."""
+    """The same without plots, which take seconds, for tests of the text."""
     undrawn = {name: lambda *_, **__: None for name in plotting.__all__}
     monkeypatch.setattr(page, "plotting", SimpleNamespace(**undrawn))
     monkeypatch.setattr(page, "_embedded", lambda _, alt, note="": page.Picture("data:,", alt, note))
@@ -200,9 +200,9 @@ def test_numbers_are_shown_with_as_many_digits_as_tell_them_apart(report):
     ids=["IAF", "columns' own supports", "simplex", "MADEMoG", "MAFMoG", "one column, float64"],
 )
 def test_every_kind_of_density_is_right_about_its_own_draws(report, make, columns, monkeypatch):
-    """Draws differ between versions of torch: at most one of a million seeds fails.
+    """Draws differ between versions of torch, so at most one of a million seeds may fail.
 
-    1,600 rows tell as much as 400 do at the usual level.
+    At that level 1,600 rows have the power of 400 at the usual one.
     """
     monkeypatch.setattr(kolmogorov, "LEVEL", 1e-6)
     torch.manual_seed(0)
@@ -232,7 +232,7 @@ def test_samples_of_a_conditional_density_are_drawn_at_the_contexts_of_the_data(
 
 
 def named_table(rows=200):
-    """A table with a category, a number and a column of positive numbers, some rows of which were left out."""
+    """A table with a category, a number and a positive column, some of whose rows were left out."""
     colours = ["blue", "red"]
     label = torch.arange(rows) % 2
     context = torch.stack([1 - label, label, label * 0.5 + normal(rows, 1, 1)[:, 0]], 1).float()

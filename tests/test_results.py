@@ -1,4 +1,4 @@
-"""What one does with a fit: score rows and draw new ones, in whatever form the data came."""
+"""Results of fits: scoring and sampling rows in the form of the data."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_missing_number_of_one_row_scores_nan(result: Any) -> None:
     assert not result.score(row).isnan().any()
     for missing in (None, np.nan):
         assert result.score({**row, "b": missing}).isnan().all()
-    # Infinite numbers, also in the dtype of the density, are as strange as can be.
+    # Infinite values, also after conversion to the density's dtype, have density zero.
     for infinite in (np.inf, -np.inf, 1e300):
         assert torch.isneginf(result.score({**row, "b": infinite})).all()
         assert result.score({"a": np.nan, "b": infinite}).isnan().all()
@@ -351,7 +351,7 @@ def test_a_report_finds_columns_by_name_and_takes_draws_apart(result: Any, tmp_p
 
 
 def test_frames_of_other_libraries_have_their_names() -> None:
-    """Of pyarrow here; polars has the same methods."""
+    """For pyarrow; polars has the same methods."""
     generator = np.random.default_rng(0)
     columns = {"low": generator.normal(0, 1, 60), "high": generator.normal(50, 1, 60)}
     table = pyarrow.table(columns)

@@ -1,4 +1,4 @@
-"""Rows on disk are streamed: what a fit sees of them is what it would see of the same rows in memory."""
+"""Rows on disk are streamed, and fits are equal to those of the same rows in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {"batch_size": 100, "max_epochs": 3, "learning_rate": 1e
 
 @pytest.fixture(autouse=True)
 def _small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if memory held a few hundred rows."""
+    """Limit memory to a few hundred rows."""
     monkeypatch.setattr(disk, "IN_MEMORY", 0)
     monkeypatch.setattr(disk, "BLOCK_BYTES", 64 * 2 * 8)
     monkeypatch.setattr(batches_module, "BLOCKS_AT_ONCE", 6)
@@ -53,7 +53,7 @@ def divided(path: Path, table: Any, seed: int = 0) -> Split:
 
 
 def numbered_rows(path: Path, rows: int = ROWS) -> tuple[Any, Tensor]:
-    """The rows, each of which has a number of its own in its first column, divided, and the same in memory."""
+    """Divided rows on disk, numbered in their first column, and the same in memory."""
     table = torch.stack([torch.arange(float(rows)), torch.randn(rows, generator=torch.Generator().manual_seed(0))], 1)
     return divided(path, table.double()), table.double()
 

@@ -1,4 +1,4 @@
-"""Guides in files: without model or data they draw, score and have quantiles as before, and loading runs no code."""
+"""Saved guides draw, score and have quantiles without model or data, and loading them runs no code."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.test_structure import MODELS
 pytestmark = pytest.mark.usefixtures("fresh")
 
 X = torch.linspace(-1, 1, 8)
-Y = 1.0 + 0.5 * X + 0.3 * torch.tensor([1.0, -1.0]).repeat(4)  # on a line, their noise would have no posterior
+Y = 1.0 + 0.5 * X + 0.3 * torch.tensor([1.0, -1.0]).repeat(4)  # on a line, their noise would have an improper posterior
 
 
 def regression(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Sites of several supports and shapes."""
+    """A model with sites of several supports and shapes."""
     shares = pyro.sample("shares", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
     noise = pyro.sample("noise", dist.Gamma(torch.tensor(3.0), 2.0))
     slope = pyro.sample("slope", dist.Uniform(torch.tensor(-1.0), 2.0))
@@ -127,7 +127,7 @@ def test_a_loaded_guide_lends_a_new_one_its_weights_to_be_trained_further(guide:
         ValueError, match=r"got none of a loaded guide: set up a new one, and load its weights by guide\."
     ):
         fit_guide(regression, loaded, X, Y, progress=False)
-    pyro.set_rng_seed(0)  # so that it has as many modes
+    pyro.set_rng_seed(0)  # so that it has equally many modes
     again = AutoIAF(regression, **SMALL).setup(X, Y)
     again.transform.load_state_dict(loaded.transform.state_dict())
     assert all(torch.equal(value, loaded.median()[name]) for name, value in again.median().items())
@@ -167,7 +167,7 @@ GROUP = torch.tensor([0, 2, 1, 2])
 
 
 def regressions() -> None:
-    """Sites whose priors are computed by products, indices and sums of those before them."""
+    """A model whose priors are products, entries and sums of earlier sites."""
     beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     scale = pyro.sample("scale", dist.LogNormal(0.0, torch.tensor(1.0)))
     with pyro.plate("groups", 3):
@@ -180,7 +180,7 @@ def regressions() -> None:
 
 
 def bounded() -> None:
-    """Supports of entries and of vectors that end at values of other sites, and a scale of one of them."""
+    """A model with supports bounded by other sites, for entries and for vectors."""
     top = pyro.sample("top", dist.LogNormal(0.0, torch.tensor(1.0)))
     ends = torch.stack([top, 2 * top], -1)
     pyro.sample("below", dist.ImproperUniform(constraints.independent(constraints.less_than(ends), 1), (), (2,)))
@@ -235,7 +235,7 @@ def test_a_program_that_only_loads_needs_no_model(guide: Any, tmp_path: Path) ->
     assert run.stdout.strip() == "torch.Size([7, 3])"
 
 
-# -- what cannot be saved, and files that are none ---------------------------------------------------------------------
+# -- guides that cannot be saved, and invalid files --------------------------------------------------------------------
 
 
 def test_a_guide_that_is_not_set_up_is_refused(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_prior_of_other_operations_is_refused(tmp_path: Path) -> None:
 
 
 def edited(path: Path, change: Any) -> Path:
-    """A file with another header, as a stranger could write it."""
+    """A copy of a file with another header, as an attacker could write it."""
     contents = unpack(path, MODEL)
     described = json.loads(contents.text)
     change(described["arguments"])

@@ -1,4 +1,4 @@
-"""Saving flows and densities: what is loaded is what was saved, and a file is written whole or not at all."""
+"""Saving flows and densities: loading restores them, and files are written atomically."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SAVABLE: dict[str, Callable[[], Any]] = {
 
 
 def drawn(module: Any) -> Any:
-    """All that can be told from a fresh one: parameters and statistics."""
+    """The module with random parameters and statistics."""
     with torch.no_grad():
         for tensor in module.parameters():
             tensor.copy_(0.3 * torch.randn(tensor.shape))
@@ -78,7 +78,7 @@ def drawn(module: Any) -> Any:
 
 
 def values(module: Any) -> list[torch.Tensor]:
-    """What it makes of some points, in float64 or float32 as it is itself."""
+    """Results of the module at some points, in its dtype."""
     kind = next((tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()), torch.float32)
     torch.manual_seed(5)
     x, context = torch.randn(4, 3, dtype=kind), torch.randn(4, 2, dtype=kind)
@@ -103,7 +103,7 @@ def header_of(path: Path) -> dict[str, Any]:
     return json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["pyro_maf"])
 
 
-# There and back
+# Saving and loading
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -187,7 +187,7 @@ def test_a_class_of_the_same_name_takes_no_ones_place(saved: Path, monkeypatch: 
         impostor(2, **DEEP).save(saved)
 
 
-# Whole or not at all
+# Atomic writes
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])

@@ -21,14 +21,14 @@ every_flow = pytest.mark.parametrize("flow", ["nsf", "maf", "iaf", "realnvp"])
 
 
 def simulations(rows: int = 60, dim: int = 2, features: int = 3) -> tuple[Tensor, Tensor]:
-    """Parameters and simulations of unlike scales."""
+    """Parameters and simulations with different scales."""
     generator = torch.Generator().manual_seed(0)
     theta = 5 + 0.1 * torch.randn(rows, dim, generator=generator)
     return theta, 1e3 * torch.randn(rows, features, generator=generator) + theta[:, :1]
 
 
 def shaken(estimator: FlowEstimator) -> FlowEstimator:
-    """Away from the identity, so that conditions matter."""
+    """The estimator with random parameters, so that conditions matter."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in estimator.parameters():
@@ -122,7 +122,7 @@ def test_draws_are_inside_the_support() -> None:
 
 
 def test_draws_of_a_prior_may_be_on_its_bounds() -> None:
-    prior = dist.Uniform(torch.full((2,), 1000.0), 1001.0).to_event(1)  # in float32, one of 16,000 draws is
+    prior = dist.Uniform(torch.full((2,), 1000.0), 1001.0).to_event(1)  # one of 16,000 float32 draws is on a bound
     theta = prior.sample((60,))
     theta[:2] = torch.tensor([[1000.0, 1001.0], [1001.0, 1000.0]])
     estimator = posterior_nn("maf", support=prior.support, **TINY)(theta, theta)
@@ -209,7 +209,7 @@ def test_bad_arguments_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 def test_posterior_by_sbi_is_the_exact_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # sbi writes a log
+    monkeypatch.chdir(tmp_path)  # sbi logs to the working directory
     # theta ~ N(0, I), x ~ N(theta, 0.5^2 I): the posterior is N(0.8 x, 0.2 I).
     from sbi.inference import NPE
 
@@ -222,7 +222,7 @@ def test_posterior_by_sbi_is_the_exact_one(tmp_path: Path, monkeypatch: pytest.M
     at = torch.tensor([[1.0, -1.0]])
     draws = inference.build_posterior().sample((5000,), x=at, show_progress_bars=False)
     assert ((draws.mean(0) - 0.8 * at[0]).abs() < 0.1).all()
-    assert ((draws.std(0) - 0.2**0.5).abs() < 0.1).all()  # the prior's is 1; a fit of so few rows errs by 0.05
+    assert ((draws.std(0) - 0.2**0.5).abs() < 0.1).all()  # the prior's is 1; a fit to so few rows is off by 0.05
 
 
 def test_weights_are_averaged_in_eval_mode() -> None:

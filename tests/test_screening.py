@@ -1,4 +1,4 @@
-"""What a fit warns of: each kind with its column and what to do, and nothing of tables that are as they should be."""
+"""Warnings of a fit: each kind names its column and a remedy, and ordinary tables cause none."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_columns_that_follow_from_others_are_named_with_these(seed: int) -> None
     (line,) = screened(rows[:, :2], frame[["c", "a"]])
     assert "column 0 repeats context column 'a'" in line
     assert screened(normal(seed), one_hot.round()) == []
-    # Alike, but not the same; as many columns as rows; a shared outlier; a simplex.
+    # Similar but not equal columns; as many columns as rows; a shared outlier; a simplex.
     assert screened(frame.assign(d=frame["b"] + 0.9 * normal(seed + 9)[:, 0])) == []
     assert screened(normal(seed, 30, 30)) == []
     outlier = np.concatenate([rows, np.full((1, 3), -9e9)])

@@ -1,4 +1,4 @@
-"""Maps to the supports of sites: they are bijections with exact log-determinants, and can be described."""
+"""Maps to the supports of sites: bijections with exact log-determinants that can be described for saving."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def mixture(part: Any, **options: Any) -> Any:
 
 
 def matrices() -> None:
-    """A Wishart prior; torch warns whenever it draws one."""
+    """A Wishart prior, which torch warns about whenever it is sampled."""
     z = pyro.sample("z", dist.ImproperUniform(constraints.positive_definite, (), (2, 2)))
     pyro.factor("density", torch.distributions.Wishart(torch.tensor(6.0), torch.eye(2)).log_prob(z))
 
@@ -63,7 +63,7 @@ PRIORS: dict[str, Any] = {
 
 @pytest.mark.parametrize("model", PRIORS.values(), ids=PRIORS)
 def test_mixtures_and_matrices_have_guides_with_a_right_bound(model: Any) -> None:
-    """Without data the evidence is one; draws are on the support, and scored there."""
+    """Without data the evidence is 1, and draws lie in the support."""
     pyro.set_rng_seed(0)
     fit = fit_guide(model, AutoIAF(model, **SMALL), steps=50, progress=False)
     assert -0.6 < fit.diagnosis.elbo <= 4 * fit.diagnosis.elbo_se
@@ -86,7 +86,7 @@ SPARSE: dict[str, Any] = {
 
 @pytest.mark.parametrize("fn", SPARSE.values(), ids=SPARSE)
 def test_the_density_falls_where_values_no_longer_change(fn: Any) -> None:
-    """Level, it would have an infinite integral, and the bound no upper limit."""
+    """If it were constant there, its integral and the bound would be infinite."""
     latents = AutoIAF(lambda: pyro.sample("z", fn), **SMALL).setup().latents
     far = torch.tensor([60.0, 120.0, 240.0, 1e4])[:, None]
     for direction in torch.cat([torch.eye(latents.size), -torch.eye(latents.size)]):
@@ -97,7 +97,7 @@ def test_the_density_falls_where_values_no_longer_change(fn: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gamma", "beta", "dirichlet"])
 def test_a_sparse_prior_has_a_right_bound(name: str) -> None:
-    """Up to the few per cent that lie nearer to an edge than float32 has numbers: their evidence was e^40."""
+    """Except for the few per cent of probability closer to an edge than float32 can represent."""
 
     def model() -> None:
         pyro.sample("z", SPARSE[name])

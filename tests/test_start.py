@@ -1,4 +1,4 @@
-"""Where guides start: once the ascent has converged, in float64, and where curvature alone would mislead."""
+"""Starts of guides: convergence of the ascent, float64, and posteriors where the curvature at the mode misleads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def years(batched: bool = True) -> Callable[[], None]:
-    """A trend over calendar years as they are: intercept and slope are all but collinear."""
+    """A trend over uncentred calendar years, with nearly collinear intercept and slope."""
     t = torch.arange(1950.0, 2010.0)
     y = 0.02 * (t - 1980) + 15 + 0.1 * torch.randn(60, generator=torch.Generator().manual_seed(0))
     design = torch.stack([torch.ones(60), t], 1)
@@ -36,7 +36,7 @@ def years(batched: bool = True) -> Callable[[], None]:
 
 
 def unscaled(batched: bool = True) -> Callable[[], None]:
-    """A regression on predictors in units from 1e-3 to 1e5, one of them far from 0."""
+    """A regression on predictors with scales from 1e-3 to 1e5, one of them far from 0."""
     generator = torch.Generator().manual_seed(0)
     units = torch.tensor([1.0, 1e3, 1e-3, 1e5])
     x = (torch.randn(100, 4, generator=generator) + torch.tensor([0.0, 1000.0, 0.0, 0.0])) * units
@@ -81,7 +81,7 @@ def test_the_ascent_goes_on_until_it_has_converged(model: Any, expected: float, 
 
 
 def bound_alone(model: Any, guide: Any) -> float:
-    """As `bound`, for a model that has to be run for each draw."""
+    """`bound` for a model that must be run for each draw."""
     pyro.set_rng_seed(1)
     with torch.no_grad():
         return -pyro.infer.Trace_ELBO(num_particles=100).loss(model, guide)
@@ -105,8 +105,8 @@ def test_a_model_that_is_run_alone_is_run_some_hundreds_of_times() -> None:
     assert len(runs) < 450
 
 
-def test_of_several_modes_a_model_that_is_run_alone_starts_from_the_one_that_matters() -> None:
-    """The prior's median leads to a minor mode."""
+def test_a_model_run_for_each_draw_starts_from_the_dominant_mode() -> None:
+    """From the prior's median the ascent leads to a minor mode."""
     runs = []
 
     def model() -> None:
@@ -124,7 +124,7 @@ def test_of_several_modes_a_model_that_is_run_alone_starts_from_the_one_that_mat
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_hierarchy_starts_where_its_scale_is_neither_lost_nor_left(seed: int) -> None:
-    """Curvature along the ascent, which ends in the neck of the posterior, is some hundred nats worse."""
+    """A normal by the curvature at the mode, in the neck of the funnel, is some hundred nats worse."""
     y = 1 + 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(1))
 
     def model() -> None:
@@ -142,7 +142,7 @@ def test_a_hierarchy_starts_where_its_scale_is_neither_lost_nor_left(seed: int) 
 
 
 def a_tone() -> None:
-    """A sinusoid of unknown frequency: a mode for every frequency of the noise, all of them hundredfold lower."""
+    """A sinusoid of unknown frequency, with a mode for every frequency in the noise, a hundred times lower."""
     t = torch.linspace(0, 10, 60)
     noise = torch.randn(60, generator=torch.Generator().manual_seed(0))
     y = 1.5 * torch.sin(2 * torch.pi * 0.45 * t + 0.6) + 0.5 * noise
@@ -162,8 +162,8 @@ def test_of_several_modes_the_one_that_matters_is_started_from(seed: int) -> Non
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_funnel_starts_where_its_probability_is(seed: int) -> None:
-    """The ascent passes the best place on its way to a mode where hardly any probability is."""
+def test_a_funnel_starts_in_the_bulk_of_its_probability(seed: int) -> None:
+    """The ascent passes the best start on its way to a mode with hardly any probability."""
 
     def funnel() -> None:
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
@@ -246,7 +246,7 @@ def test_a_device_without_float64_is_left_its_own_numbers(monkeypatch: pytest.Mo
 
 
 def test_a_normal_that_float32_can_not_hold_is_not_used() -> None:
-    """Its location lies between two float32 numbers, farther from either than the posterior is wide."""
+    """Its location lies between two float32 numbers, further from either than the posterior's width."""
 
     def score(rows: Tensor) -> Tensor:
         return -0.5 * ((rows - 100_000.003).double() / 1e-4).square().sum(-1).to(rows)
@@ -258,7 +258,7 @@ def test_a_normal_that_float32_can_not_hold_is_not_used() -> None:
 
 
 def test_a_draw_that_fails_in_float32_alone_is_no_reason_to_do_without_float64() -> None:
-    """As a Cholesky factor does; rounding in float32 also moves the mode."""
+    """Such as by a Cholesky factorisation; rounding in float32 also moves the mode."""
 
     def score(rows: Tensor) -> Tensor:
         narrow = rows.dtype == torch.float32
@@ -270,7 +270,7 @@ def test_a_draw_that_fails_in_float32_alone_is_no_reason_to_do_without_float64()
 
 
 def test_a_density_without_curvature_has_a_start() -> None:
-    """The second derivative of a Laplace's density is zero: its eigenvalues cannot be divided by."""
+    """The Hessian of a Laplace log-density is zero and cannot be inverted."""
 
     def model() -> None:
         pyro.sample("z", dist.Laplace(torch.zeros(4), 1.0).to_event(1))
@@ -280,7 +280,7 @@ def test_a_density_without_curvature_has_a_start() -> None:
 
 
 def rounding_far_out(points: Tensor) -> Tensor:
-    """A normal density, with numbers of any size and sign far out, as of a covariance that is singular there."""
+    """A normal log-density with arbitrary values far out, as for a covariance that is singular there."""
     noise = 1e9 * torch.sin(1e18 * points[:, 0])
     return -points.square().sum(1) / 2 + torch.where(points[:, 0] < -4.0, noise, 0.0)
 
@@ -300,7 +300,7 @@ def test_weights_that_are_rounding_are_none() -> None:
 
 
 def test_a_factor_model_whose_density_is_rounding_at_small_scales_is_fitted() -> None:
-    """Its draws of a scale reach where the capacitance matrix has lost the identity, and densities were e^1e28."""
+    """For small scales the capacitance matrix loses its identity to rounding, and densities are up to e^1e28."""
     generator = torch.Generator().manual_seed(24)
     factors, noise = torch.randn(30, 1, generator=generator), torch.randn(30, 4, generator=generator)
     data = factors * torch.tensor([1.0, -0.8, 0.6, 0.5]) + 0.4 * noise

@@ -1,4 +1,4 @@
-"""Coordinates between centred and not, for sites whose prior depends on other latent sites."""
+"""Partially centred coordinates for sites whose prior depends on other latent sites."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Y = torch.tensor([1.0, -0.5, 0.3, 2.0, -4.0, 1.0])
 
 
 def hierarchy() -> None:
-    """Three groups with exact data, where centred is right, and three that the data say nothing about."""
+    """Three groups with precise data, best centred, and three with uninformative data."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(2.0)))
     with pyro.plate("groups", GROUPS):
@@ -49,7 +49,7 @@ def chain() -> None:
 
 
 def levels() -> None:
-    """Scales of scales, masks, nested plates, positive sites."""
+    """A model with scales of scales, masks, nested plates and positive sites."""
     top = pyro.sample("top", dist.Gamma(2.0, 2.0))
     with pyro.plate("outer", 3, dim=-2):
         scale = pyro.sample("scale", dist.HalfCauchy(top))
@@ -61,7 +61,7 @@ def levels() -> None:
 
 
 def processes() -> None:
-    """Gaussian processes with a latent kernel, on real and on positive numbers, two of them in a plate."""
+    """Gaussian processes with latent kernels, real and positive, two of them in a plate."""
     size = pyro.sample("size", dist.LogNormal(0.0, torch.tensor(0.5)))[..., None, None]
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))[..., None]
     apart = (torch.arange(3.0)[:, None] - torch.arange(3.0)).square()
@@ -74,7 +74,7 @@ def processes() -> None:
 
 
 def transformed() -> None:
-    """Sites of a location and a scale by the maps after their distribution."""
+    """Sites whose location and scale come from transforms of their distribution."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, torch.tensor(0.5)))
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     unit = dist.Normal(torch.zeros_like(loc), 1.0)
@@ -86,7 +86,7 @@ def transformed() -> None:
 
 
 def shapes() -> None:
-    """Positive sites and shares of latent concentrations."""
+    """Positive sites and simplexes with latent concentrations."""
     shape = pyro.sample("shape", dist.LogNormal(0.0, torch.tensor(0.5)))
     with pyro.plate("rows", 2):
         pyro.sample("rate", dist.Gamma(shape, 2.0))
@@ -96,7 +96,7 @@ def shapes() -> None:
 
 
 def schools() -> None:
-    """Groups as one vector, whose prior does not broadcast over draws."""
+    """Groups as a vector with a prior that does not broadcast over draws."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(2.0)))
     theta = pyro.sample("theta", dist.Normal(mu, tau).expand([GROUPS]).to_event(1))
@@ -104,7 +104,7 @@ def schools() -> None:
 
 
 def mapped_process() -> None:
-    """A process by products and entries that are those of one draw alone, after a plate."""
+    """A process by products and entries that support a single draw only, after a plate."""
     size = pyro.sample("size", dist.LogNormal(0.0, torch.tensor(0.5)).expand([3]).to_event(1))
     with pyro.plate("loadings", 2):
         loading = pyro.sample("loading", dist.Normal(size.sum(), size[0]))
@@ -127,7 +127,7 @@ MODELS: dict[str, tuple[Callable[[], None], list[str]]] = {
 
 
 def guide_of(model: Callable[..., Any], seed: int = 0, **options: Any) -> Any:
-    """A guide set up, its weights and degrees moved at random."""
+    """An initialised guide with random weights and degrees of centring."""
     pyro.set_rng_seed(seed)
     guide = AutoRealNVP(model, **(SMALL | options)).setup()
     with torch.no_grad():
@@ -167,12 +167,12 @@ def test_the_density_is_that_of_the_draws(name: str) -> None:
     values, log_q = drawn(guide)
     torch.testing.assert_close(guide.log_prob(values), log_q, rtol=1e-5, atol=1e-4)
 
-    # By the Jacobian of the map from noise to the unconstrained vector.
+    # With the Jacobian of the map from noise to the unconstrained vector.
     noise = torch.randn(guide.latent_dim, dtype=torch.float64)
 
     def vector(u: Tensor) -> Tensor:
         values = guide.sites_of(u)
-        if "shares" in values:  # of which the last is no variable of its own
+        if "shares" in values:  # the last of which is determined by the others
             values["shares"] = values["shares"][..., :-1]
         return torch.cat([value.flatten() for value in values.values()])
 
@@ -237,7 +237,7 @@ def test_degrees_begin_where_data_are() -> None:
 
 
 def test_degrees_of_a_process_begin_where_data_are() -> None:
-    """Data say much about the sum of a process's values, and nothing about their differences."""
+    """The data are informative about the sum of a process's values, but not about their differences."""
 
     def model() -> None:
         size = pyro.sample("size", dist.LogNormal(0.0, 0.1))[..., None, None]
@@ -250,7 +250,7 @@ def test_degrees_of_a_process_begin_where_data_are() -> None:
 
 
 def test_the_start_does_not_depend_on_where_the_data_are() -> None:
-    """Steps of a fixed size end half-way to data far from 0."""
+    """Steps of a fixed size would stop half-way to data far from 0."""
     x = torch.arange(-2.0, 3.0)
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -290,7 +290,7 @@ def test_draws_at_which_the_model_raises_have_the_usual_scale(shape: list[int]) 
 
 
 def test_coordinates_of_a_normal_hierarchy_do_not_depend_on_its_scale() -> None:
-    """With normal data the posterior given location and scale is the same normal in them for every mu and tau."""
+    """With normal data, the posterior in these coordinates given mu and tau is the same normal for all mu and tau."""
     errors, y = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, -0.5, 3.0])
 
     def model() -> None:
@@ -313,7 +313,7 @@ def test_coordinates_of_a_normal_hierarchy_do_not_depend_on_its_scale() -> None:
 
 
 def test_coordinates_of_a_process_are_standard_normal_given_its_kernel() -> None:
-    """With normal data, at any location and kernel: the mean is 0, and steps of the covariance's factor are units."""
+    """With normal data, for any location and kernel: the mean is 0 and the covariance is the identity."""
     y, errors = torch.tensor([1.0, -0.5, 3.0, 2.0]), torch.tensor([0.3, 1.0, 2.0, 0.1])
     apart = (torch.arange(4.0)[:, None] - torch.arange(4.0)).square()
 
@@ -498,7 +498,7 @@ def test_masked_entries_stay_out() -> None:
 
 
 def test_what_is_normal_given_the_rest_stays_out_of_the_flow() -> None:
-    """Each rate of a hierarchy with normal data is; of one with counts none is, nor one under a Laplace prior."""
+    """Each rate of a hierarchy with normal data is; none is with counts or under a Laplace prior."""
 
     def model(family: Callable[..., Any], likelihood: Callable[[Tensor], Any]) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))

@@ -1,4 +1,4 @@
-"""The sweep: kernels, torch and D plain passes give the same, also where one of them cannot answer."""
+"""The sweep: kernels, torch and D network passes agree, including where one of them is not available."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernel
 
 @contextmanager
 def in_torch() -> Iterator[None]:
-    """Without the kernels."""
+    """Disable the kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(function, "kernels", lambda: None)
         yield
 
 
 def slow_direction(flow: Flow) -> Any:
-    """The sequential one, with its log-determinant."""
+    """The sequential direction and its log-determinant."""
     return flow.forward_and_log_det if flow.fast == "inverse" else flow.inverse_and_log_det
 
 
 def fast_direction(flow: Flow) -> Any:
-    """The parallel one."""
+    """The parallel direction."""
     return flow.inverse_and_log_det if flow.fast == "inverse" else flow.forward_and_log_det
 
 
@@ -61,7 +61,7 @@ every_direction = pytest.mark.parametrize("direction", [slow_direction, fast_dir
 
 
 def naive(flow: Any, v: Tensor) -> Tensor:
-    """D passes over the whole network, each for one variable."""
+    """The sequential direction by D passes of the whole network."""
     layer, context = getattr(flow, "flow", flow), getattr(flow, "context", None)
     direction = layer.univariate.forward if layer.fast == "inverse" else layer.univariate.inverse
     w = torch.zeros_like(v)
@@ -71,7 +71,7 @@ def naive(flow: Any, v: Tensor) -> Tensor:
 
 
 def largest_difference(found: Tensor, wanted: Tensor) -> float:
-    """Between rows, relative to their length or 1."""
+    """Largest distance between rows, relative to their length if that exceeds 1."""
     if not wanted.numel():
         return 0.0
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1)).max())
@@ -94,7 +94,7 @@ def test_kernels_agree_with_torch(
     kept, kept_log_det = direction(flow)(v)
     for one, log in ((w, log_det), (kept.detach(), kept_log_det.detach())):
         assert largest_difference(one, wanted) < TOLERANCE[dtype]
-        # Each variable's log-scale rounds on its own.
+        # The log-scale of each variable is rounded separately.
         assert largest_difference(log[:, None], wanted_log_det[:, None]) < a.input_dim * TOLERANCE[dtype]
 
 
@@ -111,7 +111,7 @@ def test_torch_agrees_with_d_plain_passes(name: str, a: Architecture) -> None:
 @every_direction
 @pytest.mark.parametrize("order", ["reverse", "random"])
 def test_networks_of_many_units_agree_with_torch(order: str, direction: Any) -> None:
-    """So many that products and derivatives are taken in parts."""
+    """Enough units that products and derivatives are computed in blocks."""
     flow = build("MaskedAutoregressive", Architecture(7, 1, 1, [270, 530], "tanh", order, 0), torch.float64, "cpu", 0.5)
     v = torch.randn(40, 7, dtype=torch.float64, requires_grad=True)
 
@@ -384,7 +384,7 @@ def test_without_compilation_torch_answers_with_one_warning(run: Run) -> None:
 
 
 def test_memory_does_not_grow_with_the_dimension() -> None:
-    """The graph of a sweep holds one set of activations, however many variables there are."""
+    """The graph of a sweep stores one set of activations, whatever the number of variables."""
     sizes = {}
     for dim in (4, 32):
         flow = MAF(dim, num_layers=1, hidden_dims=[64, 64]).double()

@@ -1,4 +1,4 @@
-"""Tables: every format gives the same numbers, in memory and beyond it, and what is wrong is said in one line."""
+"""Tables: all formats have the same values, in memory and streamed, and errors are one line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def numbers() -> np.ndarray[Any, Any]:
 
 
 def frame() -> pd.DataFrame:
-    """Three columns of data, and four of context: a number, a text, a truth value and a dictionary."""
+    """Three columns of data and four of context: a number, a text, a boolean and a categorical."""
     random = np.random.default_rng(1)
     table = pd.DataFrame(numbers(), columns=list(NAMES))
     table.insert(1, "colour", [COLOURS[i] for i in np.arange(ROWS) % 3])
@@ -71,7 +71,7 @@ def write_gzip(path: Path, table: pd.DataFrame) -> Path:
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> Path:
-    # Split into row groups, with an index that is no column.
+    # Split into row groups, with an index that is not a column.
     table.set_index(np.arange(len(table)) * 2).to_parquet(path, row_group_size=7)
     return path
 
@@ -555,7 +555,7 @@ def test_what_is_wrong_is_said_in_one_line(content: str, options: dict[str, Any]
 
 
 def test_a_reader_is_closed_before_the_error_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    # One that is left to the garbage collector may still run at the interpreter's end, which it then aborts.
+    # If left to the garbage collector, it may still run at the interpreter's exit and abort it.
     readers: list[Any] = []
     open_csv = arrow_csv.open_csv
 
@@ -579,7 +579,7 @@ def test_a_reader_is_closed_before_the_error_arrives(monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match="read_table expected") as caught:
             read_table(text(content), **options)
         assert caught.value.__traceback__ is not None
-    assert [reader.is_closed for reader in readers] == [True] * 4  # columns that may be text are read before
+    assert [reader.is_closed for reader in readers] == [True] * 4  # columns that may be text are read first
 
 
 def test_bad_cells_do_not_abort_the_interpreter(tmp_path: Path) -> None:
@@ -604,7 +604,7 @@ def test_reading_is_linear_in_the_number_of_columns() -> None:
         return time.process_time() - began
 
     seconds(100)
-    # Quadratic, it took 12 s.
+    # A quadratic implementation would take 12 s.
     assert seconds(20_000) < 5
 
 
@@ -792,7 +792,7 @@ def test_what_is_wrong_with_a_column_of_parquet_is_said(tmp_path: Path, column: 
 
 
 def damaged(random: random.Random, content: bytes) -> bytes:
-    """A file with a few bytes changed, cut off, put in or left out, half of the time near its beginning."""
+    """A file with a few bytes changed, cut off, inserted or removed, often near its beginning."""
     place = random.randrange(min(len(content), random.choice([140, len(content)])))
     other = bytes(random.randrange(256) for _ in range(random.randrange(1, 9)))
     rest = random.choice([content[place + len(other) :], content[place:], b"", content[place + 1 :]])
@@ -800,7 +800,7 @@ def damaged(random: random.Random, content: bytes) -> bytes:
 
 
 def refusal(source: Any, **options: Any) -> str:
-    """What `read_table` says of a table, "" where it takes it."""
+    """Error message of `read_table`, or ""."""
     try:
         read_table(source, **options)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Tails of learned weight: whose they are, how far out they are exact, and how they are trained."""
+"""Tails with learned weights: their distribution, precision far out, and training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_maf.transforms import Tails
 
 
 def tails(right: float, left: float, dtype: torch.dtype = torch.float64, dim: int = 1) -> Tails:
-    """The layer with these weights."""
+    """A layer with these tail weights."""
     layer = Tails(dim).to(dtype)
     with torch.no_grad():
         layer.free.copy_(2 * torch.atanh(torch.tensor([[right], [left]], dtype=torch.float64) / 2))
@@ -30,17 +30,19 @@ def log_density(layer: Tails, y: Tensor) -> Tensor:
 @pytest.mark.parametrize(("freedom", "nats"), [(1.0, 0.02), (2.0, 4e-3), (3.0, 4e-3), (10.0, 4e-3)])
 def test_a_normal_variable_becomes_one_of_student(freedom: float, nats: float) -> None:
     layer = tails(1 / freedom, 1 / freedom)
-    # Far out the log-density falls as that of Student's t does: by 1 + freedom times log y.
+    # Far out the log-density falls like Student's t, by 1 + freedom times log y.
     far = torch.tensor([1e4, 1e5], dtype=torch.float64)
     slope = log_density(layer, far).diff() / far.log().diff()
     assert abs(float(slope) + 1 + freedom) < 0.1
     y = torch.linspace(-20, 20, 4001, dtype=torch.float64)
-    # Wallace's constant, by which the normal variable is scaled, is near 1 and left to the layers before.
+    # Wallace's constant, the scale of the normal variable, is near 1 and left to the preceding layers.
     scale = (8 * freedom + 3) / (8 * freedom + 1)
     scaled, log_det = layer.inverse_and_log_det(y[:, None])
     found = Normal(0.0, 1.0).log_prob(scaled[:, 0] / scale) - log_det - math.log(scale)
     wanted = StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(y)
-    assert abs(float(torch.trapezoid(wanted.exp() * (wanted - found), y))) < nats  # of a normal: 0.04 for 3
+    assert (
+        abs(float(torch.trapezoid(wanted.exp() * (wanted - found), y))) < nats
+    )  # 0.04 for a normal and 3 degrees of freedom
 
 
 def test_sides_have_weights_of_their_own() -> None:
@@ -96,7 +98,7 @@ def test_gradients_in_closed_form_are_those_of_differentiation(weight: float, de
         differentiated = torch.autograd.grad(loss, [x, layer.free], create_graph=True)
         for found, wanted in zip(closed, differentiated, strict=True):
             assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-11)
-        assert float(closed[1].abs().min()) > 0  # at 0, too, both signs of a weight can be reached
+        assert float(closed[1].abs().min()) > 0  # also at 0, where a weight can get either sign
 
 
 @pytest.mark.parametrize("weight", [0.1, -0.1])
@@ -104,7 +106,7 @@ def test_gradients_in_closed_form_are_those_of_differentiation(weight: float, de
 def test_gradients_are_finite_where_squares_overflow(
     weight: float, engine: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In single precision, beyond where the map goes on as its tangent."""
+    """In single precision, beyond the point where the map continues as its tangent."""
     if engine == "torch":
         monkeypatch.setattr("pyro_maf.transforms.tails.kernels", lambda: None)
     layer = tails(weight, -weight, dim=2).float().to(device)
@@ -130,7 +132,7 @@ def test_a_gradient_through_both_directions_counts_each_once() -> None:
 
 
 class _Direction(torch.nn.Module):
-    """A direction of a layer as a call."""
+    """A direction of a layer as a module."""
 
     def __init__(self, layer: Tails, inverse: bool) -> None:
         super().__init__()

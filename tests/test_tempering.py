@@ -1,4 +1,4 @@
-"""Networks whose steps do not grow with their width."""
+"""Networks whose training steps do not grow with their width."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOWS: tuple[Any, ...] = (MAF, IAF, RealNVP)
 
 
 def temper(module: nn.Module) -> nn.Module:
-    """The module, with every network in it tempered."""
+    """The module with all its networks tempered."""
     for part in module.modules():
         if isinstance(part, Tempered):
             part.temper()
@@ -26,7 +26,7 @@ def temper(module: nn.Module) -> nn.Module:
 
 
 def wide(make: Any) -> Any:
-    """A flow of wide networks, its weights drawn at random."""
+    """A flow with wide networks and random weights."""
     torch.manual_seed(0)
     flow = make(48, num_layers=2, hidden_dims=[192, 192])
     for parameter in flow.parameters():
@@ -35,7 +35,7 @@ def wide(make: Any) -> Any:
 
 
 def computed(flow: Any, x: Tensor) -> list[Tensor]:
-    """Both directions, and the gradients of the parameters through both."""
+    """Results of both directions, and parameter gradients through both."""
     flow.zero_grad()
     y = flow(x)
     z = flow.inv(x)
@@ -83,7 +83,7 @@ def test_narrow_networks_stay_as_they_are(make: Any) -> None:
 
 @pytest.mark.parametrize("make", FLOWS)
 def test_stored_weights_bring_their_gains(make: Any) -> None:
-    """Into a tempered network and into one that is not, from either."""
+    """Between tempered networks and ordinary ones, in all combinations."""
     plain, tempered = wide(make), temper(wide(make))
     x = torch.randn(3, 48)
     for stored in (plain, tempered):
@@ -107,7 +107,7 @@ def test_a_stored_head_brings_its_gain() -> None:
 
 
 def moved_by_a_step(module: Any, size: int) -> float:
-    """How far the outputs at typical inputs move at the third step of Adam towards a far target."""
+    """Distance that the outputs at typical inputs move in the third step of Adam towards a distant target."""
     torch.manual_seed(1)
     x = torch.randn(32, size)
     target = torch.randn(size)

@@ -1,4 +1,4 @@
-"""Densities under torch's own transforms, in the directions that are one parallel pass: `compile` and `torch.func`."""
+"""Densities under `torch.compile` and `torch.func`, in the parallel directions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ every_flow = pytest.mark.parametrize("which", range(4), ids=["MAF", "RealNVP", "
 
 
 class Score(nn.Module):
-    """The log-density of a flow over a standard normal. Validating arguments branches on data, so it is off."""
+    """Log-density of a flow with a standard normal base, without validation, which branches on data."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -32,18 +32,18 @@ class Score(nn.Module):
 
 
 def parallel_flows() -> list[Any]:
-    """Flows whose density is one parallel pass."""
+    """Flows whose density takes one parallel pass."""
     iaf = shaken(IAF(3, **SHALLOW)).inv
     at_a_context = shaken(ConditionalMAF(3, 2, **SHALLOW)).condition(torch.randn(2, dtype=double))
     return [shaken(MAF(3, **TINY)), shaken(RealNVP(3, **TINY)), iaf, at_a_context]
 
 
-@since_torch(13)  # 2.7 does not yet trace a flow whose inverse is built there
+@since_torch(13)  # torch 2.7 does not trace a flow that creates its inverse
 @every_flow
 def test_compiles_in_one_graph_with_its_gradient(which: int) -> None:
     torch._dynamo.reset()
     score = Score(parallel_flows()[which])
-    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")  # eager runs the first half of it
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")  # eager mode runs the first half
     tensors = list(score.parameters())
     for _ in range(2):
         y = torch.randn(5, 3, dtype=double, requires_grad=True)
@@ -56,9 +56,9 @@ def test_compiles_in_one_graph_with_its_gradient(which: int) -> None:
 
 
 @every_flow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # from torch's forward mode
 def test_derivatives_by_torch_func(which: int) -> None:
-    """The score of each row and its Jacobian; the gradient of each row's density in the parameters."""
+    """The score of each row and its Jacobian, and the gradient of each log-density with respect to the parameters."""
     score = Score(parallel_flows()[which])
     y = torch.randn(4, 3, dtype=double)
     rows = [row.clone().requires_grad_() for row in y]

@@ -1,4 +1,4 @@
-"""Fitting: that it learns and keeps its best, why it ends, what it shows, and that it leaves all else alone."""
+"""Fitting: learning, reproducibility, side effects, stopping and output."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_every_conditional_family_learns_and_keeps_its_best(make: Callable[[], A
         learning_rate=2e-2,
         progress=False,
     )
-    # On its own the data is at best a Gaussian of the covariance that the context widens.
+    # Without the context, the best density is a Gaussian with the marginal covariance.
     unconditional = MultivariateNormal(data.mean(0), data.T.cov()).log_prob(validation).mean()
     assert isinstance(result.density, ConditionalFlowPrior)
     assert result.validation_log_likelihood > unconditional + 0.5
@@ -192,7 +192,7 @@ def test_batch_norm_ends_with_the_statistics_of_the_training_rows() -> None:
 def test_act_norm_starts_with_the_statistics_of_the_training_rows() -> None:
     model = ActNorm(2).double()
     fit(model, gaussian_rows(), batch_size=10, max_epochs=1, learning_rate=1e-12, progress=False)
-    # Of rows that are standardised: mean 0 and, with one row the fewer, almost deviation 1.
+    # Statistics of standardised rows: mean 0 and, with one row less, a standard deviation of almost 1.
     assert model.loc.abs().max() < 1e-9
     assert model.log_scale.exp().tolist() == pytest.approx([math.sqrt(270 / 269)] * 2, rel=1e-9)
 
@@ -233,17 +233,17 @@ def test_averaged_weights_are_validated_and_training_goes_on_with_its_own() -> N
     steps = [(after - before).abs().max().item() for before, after in zip(trained, trained[1:], strict=False)]
     lags = [(trained[10 * epoch] - validated[epoch]).abs().max().item() for epoch in range(10)]
     assert (len(trained), len(validated)) == (100, 11)
-    # A step of Adam hardly exceeds its rate; an average lags behind by several, once it has forgotten the start.
+    # A step of Adam hardly exceeds the learning rate; an average lags behind by several steps.
     assert max(steps) < 1.5 * rate
     assert lags[0] == 0
     assert min(lags[5:]) > 2 * rate
 
 
-# -- the same every time, and nothing else touched ---------------------------------------------------------------------
+# -- reproducibility and side effects ----------------------------------------------------------------------------------
 
 
 def noisy() -> Any:
-    """A layer that draws numbers as it trains, as dropout does."""
+    """A layer that uses random numbers in training, like dropout."""
     return Hooked(lambda step, log_det: log_det + 0.01 * torch.randn_like(log_det))
 
 
@@ -314,7 +314,7 @@ def test_a_fitted_density_can_be_copied_and_pickled() -> None:
         assert torch.equal(twin.log_prob(rows), density.log_prob(rows))
 
 
-# -- ending ------------------------------------------------------------------------------------------------------------
+# -- stopping ----------------------------------------------------------------------------------------------------------
 
 
 def test_it_ends_when_nothing_is_gained_any_more() -> None:
@@ -363,7 +363,7 @@ def test_weights_that_are_the_best_already_are_given_back() -> None:
 BAD_STEPS = {
     "loss": lambda log_det: log_det * math.nan,
     "infinite loss": lambda log_det: log_det - math.inf,
-    # Its value is that of log_det, and its derivative 0 * inf.
+    # Its value is log_det, and its derivative 0 * inf.
     "gradient": lambda log_det: log_det + ((log_det - log_det.detach()).abs() + 0.0).sqrt(),
 }
 
@@ -412,7 +412,7 @@ def test_a_fit_without_any_finite_step_ends_before_its_epoch_does() -> None:
     assert result.stop_reason == "no step had a finite loss and gradient, however low the learning rate"
 
 
-# -- what it shows -----------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_bar_shows_epoch_losses_and_time_left(
@@ -429,7 +429,7 @@ def test_the_bar_shows_epoch_losses_and_time_left(
 
 
 class Cell:
-    """The outputs of a cell of a notebook, as IPython's `display` makes and replaces them."""
+    """Outputs of a notebook cell, as `display` of IPython adds and updates them."""
 
     def __init__(self) -> None:
         self.outputs: list[dict[str, str]] = []
@@ -450,7 +450,7 @@ class Cell:
 def test_a_notebook_keeps_the_last_state_of_a_bar_as_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rich's own bar is a widget, which is empty once the notebook is stored, and leaves another empty output."""
+    """Rich's notebook bar is a widget, which is empty in a stored notebook and adds another empty output."""
     cell = Cell()
     monkeypatch.setattr("IPython.display.display", cell.display)
     console = Console(stderr=True, force_jupyter=True)

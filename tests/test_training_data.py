@@ -1,4 +1,4 @@
-"""What may be fitted to: the forms that data and context come in, what is wrong with them, and their units."""
+"""Data of fits: supported forms of data and context, validation rows, units and errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def changed(row: int, column: int, value: float) -> Any:
     return rows
 
 
-# -- what may be given -------------------------------------------------------------------------------------------------
+# -- supported forms ---------------------------------------------------------------------------------------------------
 
 FORMS: dict[str, Callable[[Any], Any]] = {
     "tensor": torch.from_numpy,
@@ -142,7 +142,7 @@ def test_a_part_of_the_rows_is_set_aside_at_random() -> None:
 
 
 def chain(seed: int) -> Tensor:
-    """Draws of a random walk over normal rows that stays where it is three times of four."""
+    """1,600 draws with replacement from 400 normal rows, which repeat like those of a Metropolis chain."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(400, 2, generator=generator)[torch.randint(400, (1600,), generator=generator)]
 
@@ -219,7 +219,7 @@ def test_validation_may_be_a_part(validation: float | None, rows: int) -> None:
     training, held_out = Rows(torch.tensor(ROWS), None).split(validation or 0.1, torch.Generator().manual_seed(0))[:2]
     assert len(held_out.data) == rows
     assert mean_log_prob(result.density, held_out.data) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
-    # Nothing of the rows that were set aside went into the units.
+    # The rows that were set aside do not affect the units.
     assert torch.allclose(result.density.loc, training.data.mean(0), rtol=1e-12)
     assert torch.allclose(result.density.scale, training.data.std(0, correction=0), rtol=1e-12)
 
@@ -310,7 +310,7 @@ def test_a_conditional_prior_keeps_its_units(wrap: Callable[[Any], Any]) -> None
     assert result.density.density.model is prior.density.model
 
 
-# -- what is wrong -----------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 NOT_A_TABLE = "fit expected data to be a tensor, array or data frame of numbers, got"
 
@@ -590,7 +590,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     message = "fit needs lightning-fabric, which is not installed: pip install pyro-maf[all]."
     with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
         fit(small_maf(), ROWS, devices=2, **QUICK)
-    assert fit(small_maf(), ROWS, **QUICK).epochs  # by one process it needs none
+    assert fit(small_maf(), ROWS, **QUICK).epochs  # a single process needs none
 
 
 @pytest.mark.parametrize(

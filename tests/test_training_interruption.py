@@ -1,4 +1,4 @@
-"""Ctrl-C during a fit: the first ends it, a second gives it up, and neither loses what was learned."""
+"""Ctrl-C during a fit: the first ends it, a second aborts it, and neither loses progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pressing(at: int, times: int = 1) -> Callable[[int, Tensor], Tensor]:
-    """Press Ctrl-C in one step."""
+    """A callback that presses Ctrl-C in one step."""
 
     def at_step(step: int, log_det: Tensor) -> Tensor:
         for _ in range(times if step == at else 0):
@@ -81,7 +81,7 @@ def test_ctrl_c_during_validation_ends_a_fit_there() -> None:
 
         def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
             self.validations += not self.training
-            if self.validations == 3:  # the first is of the weights that were given
+            if self.validations == 3:  # the first is of the initial weights
                 signal.raise_signal(signal.SIGINT)
             return super().inverse_and_log_det(y, context)
 
@@ -136,7 +136,7 @@ def test_ctrl_c_twice_ends_a_program_as_it_always_does() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    # Not always -SIGINT: what torch may import at exit makes Python forget what the exception was.
+    # Not always -SIGINT, since imports by torch at exit may replace the exception.
     assert ended.returncode != 0
     assert ended.stdout == "cleaned up\n"
     assert ended.stderr.strip().endswith("KeyboardInterrupt")

@@ -1,4 +1,4 @@
-"""Fits with all weights in one tensor: the numbers are those of fits without, and nobody notices it afterwards."""
+"""Fits with all weights in one tensor: results equal those of fits without, and no trace remains afterwards."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def rows(density: FlowPrior, count: int = 30) -> Rows:
 
 
 def seen(density: Any) -> dict[str, Tensor]:
-    """The state, with zeros for weights behind masks: autograd lets these decay, which nobody sees."""
+    """The state with masked weights set to 0, since autograd lets these decay without any effect."""
     state = density.state_dict()
     masks = {name.replace("mask", "weight"): tensor for name, tensor in density.named_buffers() if "mask" in name}
     return {name: (tensor * (masks[name] != 0) if name in masks else tensor).double() for name, tensor in state.items()}
 
 
 def descent(objective: MaximumLikelihood, batch: Rows) -> tuple[float, int, Tensor]:
-    """Loss, number of rows, and gradient of a step, as Adam averages it: 0 where masks let no entry through."""
+    """Loss, number of rows, and gradient of a step as averaged by Adam, 0 at masked entries."""
     adam, average = Adam(objective.weights, betas=(0.0, 0.999)), WeightAverage(objective.weights, 4)
     taken = objective.descend(batch, adam, average, 0.0, math.inf)
     assert taken is not None

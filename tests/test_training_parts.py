@@ -1,4 +1,4 @@
-"""Three parts of the rows: those of the headline have chosen nothing."""
+"""Training, validation and test rows: the test rows affect no choice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fitted(data: Any, **options: Any) -> FitResult:
 
 
 def check_score(result: FitResult) -> None:
-    """The test score is that of the rows it says it is of."""
+    """Check that the test score is that of the reported test rows."""
     assert result.test is not None
     assert result.test_rows is not None
     data, context, weights = result.test_rows
@@ -57,7 +57,7 @@ def test_a_thousand_rows_have_three_parts_and_the_test_part_chose_nothing() -> N
     training[aside] = False
     loc = result.density.unwrapped.loc  # type: ignore[union-attr]
     assert torch.allclose(loc, rows()[training].mean(0), rtol=1e-5)
-    # Other values of the test rows change nothing else.
+    # Other test rows change nothing else.
     changed = rows()
     changed[result.test_places] = changed[result.test_places].flip(1) + 0.5
     again = fitted(changed, test=0.1)
@@ -85,7 +85,7 @@ def test_when_there_is_a_test_part() -> None:
 
 @pytest.mark.parametrize("seed", [3, 5, 11])
 def test_a_flow_of_few_rows_has_rows_enough_to_end_by(seed: int) -> None:
-    """Two validation rows of 24 took epochs whose scales are far too small for new rows: 8 to 159 nats behind."""
+    """With two validation rows of 24, the chosen epochs have far too small scales, 8 to 159 nats behind on new rows."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.tensor([[1.0, 0.5, 0.2], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
     few, new = (torch.randn(count, 3, generator=generator) @ mixing for count in (24, 2000))
@@ -161,7 +161,7 @@ def test_a_test_row_far_out_is_left_out_and_named() -> None:
     far = rows()
     far[place] = 1e6
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of heavy tails
+        warnings.simplefilter("ignore")  # warning of heavy tails
         result = fitted(far)
     assert any(f"fit left 1 of the test rows out, the first of them row {place}:" in line for line in result.warnings)
     assert result.test.rows == 99  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Several processes fit what one would fit."""
+"""Several processes have the results of one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(folder: Path, launcher: str) -> list[str]:
-    """What each process of two says."""
+    """Output of each of two processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     devices = "2" if launcher == "fabric" else "1"
     program = [several_fits.__file__, str(folder), devices]
@@ -30,12 +30,12 @@ def run(folder: Path, launcher: str) -> list[str]:
 
 
 NEUTRAL = "model.layers.0.beta"
-"""The shift of a batch norm next to the noise: its gradient is its own value, so at its optimum, 0, it is nothing but
-rounding, which Adam blows up to steps of some size."""
+"""The shift of a batch norm next to the noise. Its gradient is its value, so at the optimum, 0, the gradient is only
+rounding, which Adam amplifies to noticeable steps."""
 
 
 def apart(one: Path, other: Path) -> float:
-    """How far the weights of two fits are from each other, relative to the larger of 1 and their size."""
+    """Distance between the weights of two fits, relative to their size if that exceeds 1."""
     mine, its = (pyro_maf.load(folder / "model.safetensors").state_dict() for folder in (one, other))
     assert mine.keys() == its.keys()
     return max(

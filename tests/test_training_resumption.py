@@ -1,4 +1,4 @@
-"""A fit that was interrupted, killed or ended goes on to the very weights that it would have come to."""
+"""Fits that were interrupted, killed or completed resume to exactly the weights of an uninterrupted fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {"batch_size": 27, "max_epochs": 4, "learning_rate": 1
 
 
 class Pressed(MAF):
-    """A flow whose training steps press Ctrl-C at the numbers it is told."""
+    """A flow that presses Ctrl-C in the given training steps."""
 
     at: ClassVar[set[int]] = set()
     signal: ClassVar[int] = signal.SIGINT
@@ -47,7 +47,7 @@ class Pressed(MAF):
 
 
 class PressedInValidation(MAF):
-    """A flow that presses Ctrl-C in the validation it is told, that of the given weights being the first."""
+    """A flow that presses Ctrl-C in the given validation, the first of which is that of the initial weights."""
 
     at: ClassVar[int | None] = None
     validations = 0
@@ -60,7 +60,7 @@ class PressedInValidation(MAF):
 
 
 class Broken(MAF):
-    """A flow without a finite loss after 8 steps."""
+    """A flow whose loss is NaN after 8 steps."""
 
     steps: ClassVar[int] = 0
 
@@ -175,7 +175,7 @@ def test_a_fit_that_has_ended_is_given_back_at_once(tmp_path: Path) -> None:
 
 def test_a_fit_that_could_not_go_on_is_given_back_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Broken, "steps", 0)
-    options = {**OPTIONS, "batch_size": 68}  # 4 to an epoch
+    options = {**OPTIONS, "batch_size": 68}  # 4 per epoch
     ended = fit(flow(Broken), gaussian_rows(), folder=tmp_path, **options)
     again = fit(flow(Broken), gaussian_rows(), folder=tmp_path, resume=True, **options)
     assert ended.stop_reason == "no step of epoch 3 had a finite loss and gradient"
@@ -207,7 +207,7 @@ def test_ctrl_c_in_validation_loses_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_a_fit_that_dies_before_its_next_step_loses_nothing(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there were so many steps: none, some of an epoch, or all, so that its validation was next."""
+    """After no step, some steps of an epoch, or all of them, before its validation."""
     whole = fit(flow(Pressed), gaussian_rows(), **OPTIONS)
     save = Loop.save
 
@@ -410,7 +410,7 @@ KILLS = 2
 
 
 def killed(folder: Path, after: float) -> bool:
-    """Whether the fit was killed so many seconds after its start, or else came to its end."""
+    """Start the fit and kill it after a time in seconds; False if it finished before."""
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The Triton kernels agree with the sweep in torch: on a CUDA device, or interpreted where there is none."""
+"""The Triton kernels agree with the sweep in torch, on a CUDA device or interpreted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ for kernel in (triton_sweep.walk, triton_sweep.walk_back):
 
 
 def engines(made: MADE, *, inverse: bool, context: Tensor | None = None) -> tuple[TorchSweep, TorchSweep]:
-    """The one in torch, in float64, and the kernels."""
+    """The engine in torch, in float64, and the kernels."""
     from pyro_maf.sweep.torch_engine.triton import TritonSweep
 
     direction = Affine().inverse if inverse else Affine().forward
@@ -102,7 +102,7 @@ def test_agrees_for_no_and_for_many_points(device: str, points: int) -> None:
     check(random_made(device, 1, hidden_dims=[3]), points, inverse=True)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy interprets, and remarks on 0 * infinity
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy warns of 0 * infinity
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_in_its_row(device: str, bad: float) -> None:
     made = random_made(device, 3, hidden_dims=[6])
@@ -117,7 +117,7 @@ def test_what_is_not_finite_stays_in_its_row(device: str, bad: float) -> None:
 
 
 def test_kernels_compile_without_a_device() -> None:
-    """What the interpreter lets pass, such as a name of two shapes, the compiler refuses."""
+    """The compiler refuses code that the interpreter accepts, such as a name with two shapes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

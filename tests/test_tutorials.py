@@ -1,6 +1,6 @@
-"""The notebooks: that they are kept as they ran, that what they use is there, and that what runs them can be relied on.
+"""The notebooks: stored outputs are complete, imported names exist, and the script that runs them works.
 
-`make tutorials` runs them all in full.
+`make tutorials` runs all of them.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def code_of(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def python_of(notebook: NotebookNode) -> str:
-    """The code of all cells without the lines that are IPython's own."""
+    """Code of all cells, without lines of IPython commands."""
     lines = "\n".join(cell.source for cell in code_of(notebook)).splitlines()
     return "\n".join(line for line in lines if not line.startswith("%"))
 
 
 def shown(cell: NotebookNode) -> str:
-    """All text that a cell puts out."""
+    """All text output of a cell."""
     return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in cell.outputs)
 
 
@@ -99,7 +99,7 @@ def test_there_are_pictures_and_they_are_of_the_size_of_a_screen(path: Path) -> 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_it_takes_from_the_package_is_there(path: Path) -> None:
-    """Every name that is imported, so that a change of one is noticed; how they are called, `make tutorials` tries."""
+    """Imported names exist; `make tutorials` tests how they are used."""
     imports = [node for node in ast.walk(ast.parse(python_of(read(path)))) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if node.module.partition(".")[0] == "pyro_maf"]
     assert ours
@@ -122,7 +122,7 @@ def test_the_readme_has_every_notebook_in_reading_order() -> None:
     assert listed == [path.name for path in NOTEBOOKS]
 
 
-# -- what runs them ----------------------------------------------------------------------------------------------------
+# -- the script --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_of_a_line_that_was_overwritten_the_last_state_is_shown(runner: ModuleTy
 
 
 def test_outputs_that_show_nothing_are_left_out(runner: ModuleType) -> None:
-    """Such as the widget of a bar, of which a stored notebook has the name alone, and the empty one after it."""
+    """Such as a bar's widget, which a stored notebook does not contain, and the empty output after it."""
     blank = [
         new_output("display_data", {"text/plain": "Output()", "application/vnd.jupyter.widget-view+json": {}}),
         new_output("display_data", {"text/plain": "", "text/html": "<pre style='white-space:pre'></pre>\n"}),

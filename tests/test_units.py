@@ -1,4 +1,4 @@
-"""The units that a fit takes columns in: those of the bulk, and in float64 where float32 does not hold the values."""
+"""Units of columns in a fit: those of the bulk, in float64 if float32 cannot represent the values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def normal(rows: int = 500, columns: int = 2, seed: int = 0) -> np.ndarray[Any, 
 
 
 def northings(rows: int = 500, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Rows of 5.4e6 +- 0.1, of which float32 tells a few values apart, and of 0 +- 1."""
+    """Rows of 5.4e6 +- 0.1, which float32 resolves to a few values, and of 0 +- 1."""
     return normal(rows, seed=seed) * [SCALE, 1] + [OFFSET, 0]
 
 
@@ -117,7 +117,7 @@ def test_an_outlier_of_a_context_leaves_the_others_their_say() -> None:
         )
     fresh = torch.from_numpy(normal(1000, 1, seed=2)).float()
     at = result.density.condition(fresh)
-    assert mean_log_prob(at, fresh) > -1.0  # without a context it is -1.5
+    assert mean_log_prob(at, fresh) > -1.0  # -1.5 without a context
 
 
 # -- tails -------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_a_row_that_outweighs_its_side_has_no_tail() -> None:
 
 
 def test_columns_that_are_linear_and_long_tailed_together_keep_their_units() -> None:
-    """As neighbours in an image: in units of the tail of each they would be linear no more."""
+    """Like neighbouring pixels, whose linear relation tail weights would destroy."""
     generator = torch.Generator().manual_seed(0)
     smooth = torch.linspace(0, 6, 48)
     mixing = (-(smooth[:, None] - smooth).abs()).exp()

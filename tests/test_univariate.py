@@ -1,4 +1,4 @@
-"""Univariate maps: the spline at its knots, at the edges of its box and beyond, and against zuko's."""
+"""Univariate maps: the spline at its knots, at the edges of its box and beyond, and against zuko's spline."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ every_map = pytest.mark.parametrize("univariate", MAPS, ids=repr)
 
 
 def outputs(univariate: UnivariateMap, rows: int, size: float = 2.0, dtype: torch.dtype = double) -> Tensor:
-    """Outputs of a network for each row; at this size, those of the spline move most knots."""
+    """Random network outputs for each row; at this size, most knots of a spline move."""
     return size * torch.randn(rows, univariate.num_parameters, dtype=dtype)
 
 
 def knots_of(spline: Spline, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Knots on the side of the data's map and of the noise, (rows, K + 1), and slopes there, of the spline alone."""
+    """Knots of the spline on both sides, (rows, K + 1), and slopes there, without the affine map."""
     width, height, slope = spline._bins(phi[..., 2:])
     left = -torch.full_like(phi[..., :1], spline.bound)
     return torch.cat([left, width], -1).cumsum(-1), torch.cat([left, height], -1).cumsum(-1), slope
@@ -109,7 +109,7 @@ def test_not_a_number_and_infinity_pass_through(univariate: UnivariateMap) -> No
 
 @every_spline
 def test_single_precision_inverts_whatever_the_outputs(spline: Spline) -> None:
-    """Of networks whose weights have grown, too: chords and slopes at the knots are bounded."""
+    """Even for networks with large weights, since chords and slopes at the knots are bounded."""
     phi = outputs(spline, 20_000, size=30.0, dtype=torch.float32)
     phi[:, :2] = 0
     v = 1.5 * spline.bound * (2 * torch.rand(20_000) - 1)
@@ -120,7 +120,7 @@ def test_single_precision_inverts_whatever_the_outputs(spline: Spline) -> None:
 
 
 def as_flow(univariate: UnivariateMap, dtype: torch.dtype) -> Coupling:
-    """The map of one dimension as a flow, whose context is phi: the two engines apply it."""
+    """A univariate map as a flow whose context is phi, which both engines can apply."""
     outputs = univariate.num_parameters
     flow = Coupling(1, mask=[False], context_dim=outputs, hidden_dims=[2 * outputs], univariate=univariate).to(dtype)
     (network,) = flow.networks
@@ -134,7 +134,7 @@ def as_flow(univariate: UnivariateMap, dtype: torch.dtype) -> Coupling:
 
 
 def through(flow: Coupling, v: Tensor, phi: Tensor, *, inverse: bool) -> list[Tensor]:
-    """Result, log-derivative, and the gradients of a function of them with respect to v and phi."""
+    """Result, log-derivative, and gradients of a function of both with respect to v and phi."""
     v, phi = v.clone().requires_grad_(), phi.clone().requires_grad_()
     w, log_derivative = (flow.inverse_and_log_det if inverse else flow.forward_and_log_det)(v[:, None], phi)
     total = 0.7 * w.sum() + log_derivative.sum()
@@ -149,7 +149,7 @@ def test_engines_agree_inside_the_box_at_its_edges_and_beyond(
     univariate: UnivariateMap, size: float, inverse: bool
 ) -> None:
     phi = outputs(univariate, 400, size)
-    phi[:100, 2:] = phi[:1, 2:]  # of equal bins: slopes beyond a limit that two chords share
+    phi[:100, 2:] = phi[:1, 2:]  # equal bins, with slopes beyond a limit that two chords share
     phi[100:200, 2:-7] = 0
     phi[100:200, -7:] = 40
     v = 3 * torch.randn(400, dtype=double)
@@ -166,7 +166,7 @@ def test_engines_agree_inside_the_box_at_its_edges_and_beyond(
 @pytest.mark.parametrize("dtype", [torch.float32, double])
 @every_spline
 def test_engines_agree_at_every_knot(spline: Spline, dtype: torch.dtype) -> None:
-    """Gradients too are finite there, though log q' bends, so that rounding decides which they are."""
+    """Gradients too are finite there, although log q' has a kink, where rounding decides which side's they are."""
     phi = outputs(spline, 50, dtype=dtype)
     phi[:, :2] = 0
     data, noise, _ = knots_of(spline, phi)
@@ -193,7 +193,7 @@ def test_the_kernels_are_as_accurate_as_torch_in_single_precision(univariate: Un
             torchs = through(flow, v, phi, inverse=inverse)
             exact = through(flow.double(), v.double(), phi.double(), inverse=inverse)
         for one, other, truth in zip(found, torchs, exact, strict=True):
-            # Not the greatest one: where log q' bends, a gradient jumps.
+            # Not the largest, since gradients jump at kinks of log q'.
             error, usual, size = (each.abs().flatten().quantile(0.99) for each in (one - truth, other - truth, truth))
             assert float(error) < 2 * float(usual) + 1e-6 * float(size)
 
@@ -244,7 +244,7 @@ def test_what_is_not_finite_passes_through_both_engines_alike(univariate: Univar
 
 
 def test_a_spline_makes_no_tensor_of_another_precision() -> None:
-    """Devices without float64 exist."""
+    """Some devices do not have float64."""
     spline, phi = Spline(), outputs(Spline(), 5, dtype=torch.float32).requires_grad_()
     made: set[torch.dtype] = set()
 
@@ -265,7 +265,7 @@ def test_a_spline_agrees_with_that_of_zuko() -> None:
     spline = Spline(num_bins=6, bound=4.0)
     phi = torch.cat([torch.zeros(500, 2, dtype=double), outputs(spline, 500)[:, 2:]], -1)
     width, height, slope = spline._bins(phi[:, 2:])
-    # zuko bounds its parameters by a softsign with the logarithm of this slope.
+    # zuko bounds its parameters by a softsign at the logarithm of this slope.
     least = -math.log(1e-3)
     logits = [size.log() - size.log().mean(-1, keepdim=True) for size in (width, height)]
     widths, heights = (value / (1 - (2 * value / least).abs()) for value in logits)
@@ -333,7 +333,7 @@ def test_a_wide_spline_flow_has_outputs_of_rank_8_unless_it_was_saved_without(ra
 
 @pytest.mark.parametrize("make", [NSF, RealNVP], ids=lambda make: make.__name__)
 def test_a_state_of_another_spline_is_refused(make: type[NSF] | type[RealNVP]) -> None:
-    """Of another bound, too, which no shape of a weight tells."""
+    """Including another bound, which no weight's shape shows."""
     state = make(2, univariate=Spline(8, 5.0)).state_dict()
     with pytest.raises(
         RuntimeError, match=r"map of layers.0: one with settings \[8, 5000\] was stored, Spline\(num_bins=8, bound=3\)"
@@ -346,7 +346,7 @@ def test_a_prior_of_one_column_is_no_gaussian_by_default() -> None:
     torch.manual_seed(0)
     two = torch.cat([torch.randn(300, 1) - 4, torch.randn(300, 1) + 4])
     prior = fit_prior(two, learning_rate=3e-2, max_epochs=60, progress=False)
-    assert float((prior.sample([4_000]).abs() < 1).float().mean()) < 0.05  # 0.2 of a normal distribution
+    assert float((prior.sample([4_000]).abs() < 1).float().mean()) < 0.05  # 0.2 for a normal distribution
 
 
 def test_a_flow_shows_its_spline() -> None:

@@ -1,4 +1,4 @@
-"""Rows count as often as their weights say."""
+"""Weights of rows: a row counts as often as its weight says."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def copies(rows: Tensor, often: Tensor = OFTEN) -> Tensor:
 
 
 def test_a_row_of_weight_k_is_k_rows() -> None:
-    # In these units the first gradients are not 0 but for rounding, of which Adam would make steps of some size.
+    # In these units the first gradients are well above rounding, which Adam would amplify to noticeable steps.
     weighted, repeated = FlowPrior(small_maf()), FlowPrior(small_maf())
     one = fit(weighted, DATA, weights=OFTEN, validation=(NEW, None, OFTEN[:40]), **WHOLE)
     with pytest.warns(UserWarning, match="repeat an earlier one"):
