@@ -235,7 +235,7 @@ def test_networks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TypeError, match="context_net to be a torch module, got int"):
         fit(places, context=pictures, context_net=5, **ONCE)  # type: ignore[arg-type]
     prior = fit_prior(places, context=pictures[:, 0, 1, :2], **ONCE).requires_grad_(True)
-    with pytest.raises(ValueError, match="got context_net beside a ConditionalFlowPrior"):
+    with pytest.raises(ValueError, match="got context_net with a ConditionalFlowPrior"):
         fit(prior, places, context=pictures, context_net=convolutions(), **ONCE)
     with pytest.raises(ValueError, match=r"context with last dimension 64 \(the entries of a context of shape"):
         ConditionalFlowPrior(small(), context_net=convolutions(), context_shape=(1, 8, 8)).condition(torch.zeros(9, 9))

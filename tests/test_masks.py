@@ -178,7 +178,7 @@ def test_rows_with_guides_of_their_own_can_not_be_masked() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
-    with pytest.raises(ValueError, match=r"AutoIAF expected latent sites without a mask where rows .* got z"):
+    with pytest.raises(ValueError, match=r"AutoIAF expected latent sites without a mask if rows .* got z"):
         AutoIAF(model, encoder=lambda y: y[:, None], **SMALL).setup(Y)
 
 

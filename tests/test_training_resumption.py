@@ -349,7 +349,7 @@ def test_other_weights_frozen_are_another_fit(tmp_path: Path) -> None:
 def test_another_fit_is_not_gone_on_with(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
     asked = {"model": flow(), "data": gaussian_rows(), **OPTIONS, "folder": tmp_path}
     fit(**asked)
-    with pytest.raises(ValueError, match=f"^fit found a fit with another {name}"):
+    with pytest.raises(ValueError, match=f"^fit found a fit with (another|other) {name}"):
         fit(**{**asked, **changed}, resume=True)
 
 
@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_is_said_to_be(damage: Any, tmp_path: Path) -> None
 def test_a_model_is_no_checkpoint_and_a_later_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     flow().save(path)
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
     write_whole(path, Checkpoint({"x": torch.zeros(1)}, {"format": 99}).packed())
     with pytest.raises(ValueError, match="format 99, this version reads up to 1"):

@@ -89,13 +89,13 @@ def walk_by_calls(
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a call of the module does more than its class's `forward`."""
-    own = module.__dict__
+    attributes = module.__dict__
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
     )
 
 

@@ -125,8 +125,8 @@ def moments_of(table: Tensor, most_beyond: float = 1.0, weights: Tensor | None =
     """
     # One column at a time, since a sorted copy of all of them might not fit in memory.
     columns = (column.double() for column in table.detach().unbind(1))
-    often = None if weights is None else weights.double().numpy()
-    clamped = (column.clamp(*_fence(column.numpy(), most_beyond, often)) for column in columns)
+    row_weights = None if weights is None else weights.double().numpy()
+    clamped = (column.clamp(*_fence(column.numpy(), most_beyond, row_weights)) for column in columns)
     each = [[*map(float, plain_moments_of(column[:, None], weights))] for column in clamped]
     return Moments(*torch.tensor(each, dtype=torch.float64).reshape(-1, 2).T.contiguous())
 
@@ -142,8 +142,8 @@ def context_moments_of(table: Tensor, weights: Tensor | None = None, *, together
         return moments_of(table, OUTLIERS, weights)
     some = slice(None, None, -(-table.numel() // MOST_ENTRIES))
     table, width = table[some], table.shape[1]
-    often = None if weights is None else weights[some].repeat_interleave(width)
-    loc, scale = moments_of(table.reshape(-1, 1), OUTLIERS, often)
+    row_weights = None if weights is None else weights[some].repeat_interleave(width)
+    loc, scale = moments_of(table.reshape(-1, 1), OUTLIERS, row_weights)
     return Moments(loc.expand(width), scale.expand(width))
 
 
@@ -230,38 +230,40 @@ def units_of(moments: Moments, table: Tensor, weights: Tensor | None = None) -> 
         >>> [[weight > 1 for weight in side] for side in units.tails.tolist()]
         [[False, True, False], [False, True, False]]
     """
-    often = torch.ones(len(table), dtype=torch.float64) if weights is None else weights.double() / weights.mean()
+    row_weights = torch.ones(len(table), dtype=torch.float64) if weights is None else weights.double() / weights.mean()
     loc, scale = (each.clone() for each in moments)
     tails = loc.new_zeros(2, len(loc))
     for column, values in enumerate(table.detach().double().unbind(1)):
-        low, median, high = _quantiles(values.numpy(), [0.25, 0.5, 0.75], None if weights is None else often.numpy())
+        low, median, high = _quantiles(
+            values.numpy(), [0.25, 0.5, 0.75], None if weights is None else row_weights.numpy()
+        )
         apart = values - median
-        sides = torch.stack([_weight(apart, often), _weight(-apart, often)])
+        sides = torch.stack([_weight(apart, row_weights), _weight(-apart, row_weights)])
         if sides.max() > LEAST:
             tails[:, column], loc[column] = sides, median
             scale[column] = (high - low) / NORMAL_QUARTILES or scale[column]
     if not tails.any():
         return Units(*moments)
     both = Units(*moments), Units(loc, scale, tails)
-    chosen = _columns_with_tails(table.detach().double(), often, *both, tails.amax(0))
+    chosen = _columns_with_tails(table.detach().double(), row_weights, *both, tails.amax(0))
     if not chosen.any():
         return Units(*moments)
     loc, scale = (torch.where(chosen, *each) for each in ((loc, moments.loc), (scale, moments.scale)))
     return Units(loc, scale, torch.where(chosen, tails, 0.0))
 
 
-def _columns_with_tails(table: Tensor, often: Tensor, plain: Units, heavy: Units, weight: Tensor) -> Tensor:
+def _columns_with_tails(table: Tensor, row_weights: Tensor, plain: Units, heavy: Units, weight: Tensor) -> Tensor:
     """Mask of the columns that get tail weights, (D,), among those with a positive `weight`, (D,)."""
     if len(table) > JUDGED:
         rows = torch.linspace(0, len(table) - 1, JUDGED).long()
-        table, often = table[rows], often[rows]
+        table, row_weights = table[rows], row_weights[rows]
     of_plain, of_heavy = plain.standardised(table), heavy.standardised(table)
     is_heavy = weight > 0
 
     def score(chosen: Tensor, *, has_clusters: bool = False) -> float:
         z, log_slope = (torch.where(chosen, of_heavy[i], of_plain[i]) for i in range(2))
         score = _score_of_mixture if has_clusters else _score_of_t
-        return (score(z, often) + float(often @ log_slope.sum(1))) / float(often.sum())
+        return (score(z, row_weights) + float(row_weights @ log_slope.sum(1))) / float(row_weights.sum())
 
     def loses(chosen: Tensor, *, has_clusters: bool = False) -> bool:
         lost = score(none, has_clusters=has_clusters) - score(chosen, has_clusters=has_clusters)
@@ -283,34 +285,37 @@ HALVES = (slice(None, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(No
 """Rows that a density is fitted to, and rows that it is judged by."""
 
 
-def _score_of_t(z: Tensor, often: Tensor) -> float:
+def _score_of_t(z: Tensor, row_weights: Tensor) -> float:
     """Log-likelihood of each half of the rows under a multivariate t fitted to the other."""
     return sum(
-        max(float(often[unseen] @ _multivariate_t(z[seen], often[seen], z[unseen], freedom)) for freedom in FREEDOMS)
+        max(
+            float(row_weights[unseen] @ _multivariate_t(z[seen], row_weights[seen], z[unseen], freedom))
+            for freedom in FREEDOMS
+        )
         for seen, unseen in HALVES
     )
 
 
-def _score_of_mixture(z: Tensor, often: Tensor) -> float:
+def _score_of_mixture(z: Tensor, row_weights: Tensor) -> float:
     """Log-likelihood of each half of the rows under a mixture fitted to the other."""
     z = z.clamp(-REACH, REACH)
     return sum(
-        float(often[unseen] @ fit_mixture(z[seen], often[seen], most=MOST_CLUSTERS).log_prob(z[unseen]))
+        float(row_weights[unseen] @ fit_mixture(z[seen], row_weights[seen], most=MOST_CLUSTERS).log_prob(z[unseen]))
         for seen, unseen in HALVES
     )
 
 
-def _multivariate_t(seen: Tensor, often: Tensor, unseen: Tensor, freedom: float) -> Tensor:
+def _multivariate_t(seen: Tensor, row_weights: Tensor, unseen: Tensor, freedom: float) -> Tensor:
     """Log-density of unseen rows under the multivariate t fitted to seen ones, by iteratively reweighted estimation."""
     rows, dim = seen.shape
     centred = seen - (mean := seen.median(0).values)
     shrinkage = dim**2 / (rows**2 + dim**2)  # halves the correlations if there are as many columns as rows
-    weights = often
+    weights = row_weights
     for _ in range(REWEIGHTINGS):
-        scatter = (weights[:, None] * centred).T @ centred / often.sum()
+        scatter = (weights[:, None] * centred).T @ centred / row_weights.sum()
         diagonal = scatter.diagonal().clamp(min=1e-12)
         factor = torch.linalg.cholesky((1 - shrinkage) * scatter + ((shrinkage + 1e-9) * diagonal).diag())
-        weights = often * (freedom + dim) / (freedom + _squared_distance(factor, centred))
+        weights = row_weights * (freedom + dim) / (freedom + _squared_distance(factor, centred))
     constant = math.lgamma((freedom + dim) / 2) - math.lgamma(freedom / 2) - dim / 2 * math.log(freedom * math.pi)
     log_tail = (freedom + dim) / 2 * (_squared_distance(factor, unseen - mean) / freedom).log1p()
     return constant - factor.diagonal().log().sum() - log_tail
@@ -320,18 +325,18 @@ def _squared_distance(factor: Tensor, rows: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows.T, upper=False).square().sum(0)
 
 
-def _weight(apart: Tensor, often: Tensor) -> Tensor:
+def _weight(apart: Tensor, row_weights: Tensor) -> Tensor:
     """Weight of the tail of the positive distances; 0 if the tail is lighter further out, as for clusters."""
-    apart, often = apart[apart > 0], often[apart > 0]
+    apart, row_weights = apart[apart > 0], row_weights[apart > 0]
     if len(apart) < LEAST_ROWS:
         return GRID[0]
     order = torch.from_numpy(np.argsort(apart.numpy()))  # takes a tenth of the time of torch's sort
-    apart, often = apart[order], often[order]
-    log_likelihood = _log_likelihood(apart, often, BEGINNINGS[0]) - GRID / MEAN_WEIGHT
+    apart, row_weights = apart[order], row_weights[order]
+    log_likelihood = _log_likelihood(apart, row_weights, BEGINNINGS[0]) - GRID / MEAN_WEIGHT
     likelihood = (log_likelihood - log_likelihood.max()).exp()
     weight = torch.trapezoid(GRID * likelihood, GRID) / torch.trapezoid(likelihood, GRID)
     for beginning in BEGINNINGS[1:] if weight > LEAST else ():
-        further = _log_likelihood(apart, often, beginning)
+        further = _log_likelihood(apart, row_weights, beginning)
         if further[0] > further[GRID == LEAST] + LIGHTER:
             return GRID[0]
     return weight
@@ -346,15 +351,15 @@ def _thinned(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return values[torch.searchsorted(below, levels)], (below[-1] / POINTS).expand(POINTS)
 
 
-def _log_likelihood(apart: Tensor, often: Tensor, beginning: float) -> Tensor:
+def _log_likelihood(apart: Tensor, row_weights: Tensor, beginning: float) -> Tensor:
     """Log-likelihood of the ordered distances beyond a quantile, for each weight, maximised over the scale."""
-    below = often.cumsum(0)
+    below = row_weights.cumsum(0)
     start = int(torch.searchsorted(below, beginning * below[-1:]))
     rows = len(below) - start - 1
     last = rows - max(1, math.ceil(FARTHEST * rows))
     if last < 1:
         return torch.zeros_like(GRID)
-    beyond, counts = apart[start + 1 :] / apart[start], often[start + 1 :]
+    beyond, counts = apart[start + 1 :] / apart[start], row_weights[start + 1 :]
     farther = counts[last:].sum()
     beyond, counts = _thinned(beyond[:last], counts[:last])
     quantile = torch.special.ndtri(torch.tensor((1 + beginning) / 2, dtype=torch.float64))

@@ -236,8 +236,8 @@ def _without_model(
 def _of_table(model: TableDensity | ConditionalTableDensity, rows: NamedRows, support: SupportLike | None) -> Choice:
     """The density of a table, unchanged."""
     table = model.unwrapped
-    own = table.prior.units.support
-    names = iter([own.name_of(number) for number in range(len(table.numeric))])
+    of_prior = table.prior.units.support
+    names = iter([of_prior.name_of(number) for number in range(len(table.numeric))])
     present = Support("fit", ["real" if level else next(names) for level in table.levels], table.input_dim)
     if support is not None and Support("fit", support, table.input_dim).name != present.name:
         raise ValueError(f"fit expected support {present.name!r}, that of the {type(model).__name__}, got {support!r}.")

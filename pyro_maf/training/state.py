@@ -227,8 +227,8 @@ class State:
         self.best = checkpoint.under("kept")
         self.density.load_state_dict(checkpoint.under("density"))
         average = checkpoint.under("average")
-        for number, own in enumerate(self._split(self.average.values)):
-            own.copy_(average[str(number)])
+        for number, parameter in enumerate(self._split(self.average.values)):
+            parameter.copy_(average[str(number)])
         self.average.load(self.average.values, facts["averaged"])
         for number, state in enumerate(self._states()):
             for name, tensor in checkpoint.under(f"optimizer/{number}").items():
