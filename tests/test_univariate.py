@@ -67,8 +67,8 @@ def test_gradients_of_both_orders(univariate: UnivariateMap) -> None:
     v = (2 * torch.randn(12, dtype=double)).requires_grad_()
     phi = outputs(univariate, 12).requires_grad_()
     for direction in (univariate.forward, univariate.inverse):
-        assert torch.autograd.gradcheck(direction, (v, phi), fast_mode=True)
-        assert torch.autograd.gradgradcheck(direction, (v[:3], phi[:3]), fast_mode=True)
+        assert torch.autograd.gradcheck(direction, (v, phi))
+        assert torch.autograd.gradgradcheck(direction, (v[:3], phi[:3]))
 
 
 @every_spline
