@@ -94,7 +94,7 @@ def given_rows() -> torch.Tensor:
 # -- fit ---------------------------------------------------------------------------------------------------------------
 
 
-def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
+def test_fit_writes_a_complete_folder(here: Path) -> None:
     command = ["fit", "table.csv", "--columns", "length,width", "--context", "colour", "--seed", "3", *QUICK]
     result = run(*command)
     assert result.stdout == ""
@@ -125,7 +125,7 @@ def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
     assert "colour=red" in report
 
 
-def test_a_terminal_is_told_at_once_that_fit_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_message_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(fit_module, "sys", terminal)
     monkeypatch.chdir(tmp_path)
@@ -291,7 +291,7 @@ def test_a_fit_is_not_overwritten_unasked(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick_report")
-def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
+def test_an_interrupted_fit_resumes_to_the_same_model(here: Path) -> None:
     command = ["fit", "table.csv", "--columns", "length,width", *QUICK[:2], *QUICK[4:], "--patience", "1000"]
 
     def interrupt() -> None:
@@ -319,7 +319,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
     assert (here / "halves" / "report.html").exists()
 
 
-def test_a_fit_that_was_cut_off_says_how_to_go_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_fit_says_how_to_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["fit", "table.csv", "--columns", "length,width", *QUICK]
 
     def cut_off(*rest: Any, folder: Path, **options: Any) -> None:
@@ -333,7 +333,7 @@ def test_a_fit_that_was_cut_off_says_how_to_go_on(here: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("quick_report")
-def test_resume_begins_where_there_is_nothing_yet(here: Path) -> None:
+def test_resume_without_a_fit_starts_one(here: Path) -> None:
     run("fit", "table.csv", "--columns", "length,width", "--resume", "--folder", "fit", *QUICK)
     assert len(pd.read_csv("fit/log.csv")) == 2
 
@@ -603,7 +603,7 @@ def test_bad_input_is_one_line_and_exit_code_two(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused(here: Path) -> None:
+def test_a_missing_device_is_refused(here: Path) -> None:
     assert "torch finds no CUDA device" in run("fit", "table.csv", "--device", "cuda", code=2).stderr
 
 
@@ -624,13 +624,13 @@ def test_damaged_files_beside_a_model_are_refused(folder: Path, here: Path) -> N
         (here / name).write_bytes(whole)
 
 
-def test_a_defect_is_not_taken_for_bad_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_reported_as_bad_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyro_maf.FlowPrior, "sample", lambda *_: json.loads("no JSON"))
     result = CliRunner().invoke(app, ["sample", str(folder / "plain")])
     assert isinstance(result.exception, json.JSONDecodeError)
 
 
-def test_names_from_elsewhere_can_not_move_a_terminals_cursor(folder: Path, here: Path) -> None:
+def test_control_characters_in_names_are_escaped(folder: Path, here: Path) -> None:
     names = [("length\x1b[2J", ()), ("wid\nth", ())]
     pyro_maf.FlowPrior(pyro_maf.MAF(2), columns=names).save(here / "model.safetensors")
     facts = run("info", here).stdout
@@ -675,7 +675,7 @@ def test_rows_with_missing_values_are_dropped_when_asked(
         assert "197 rows, mean log-density" in result.stderr
 
 
-def test_rows_of_another_table_to_validate_with_have_their_numbers_in_its_file(here: Path) -> None:
+def test_errors_in_validation_tables_have_their_row_numbers(here: Path) -> None:
     table = frame()
     table.loc[0, "width"] = np.nan
     table.loc[5, "width"] = -1.0
@@ -699,7 +699,7 @@ def test_text_may_have_commas_and_another_encoding(folder: Path, here: Path) -> 
     assert "--encoding" in run("fit", "comma.csv", code=2).stderr
 
 
-def test_a_name_that_reads_like_a_place_is_left_as_it_is(here: Path) -> None:
+def test_errors_name_a_column_that_is_called_like_a_row(here: Path) -> None:
     frame().rename(columns={"width": "row 3"})[["length", "row 3"]].to_csv("rows.csv", index=False)
     result = run("fit", "rows.csv", "--support", "unit_interval", code=2)
     assert "column 'length'" in result.stderr

@@ -80,7 +80,7 @@ GRIDS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize(("column", "expected"), GRIDS.values(), ids=GRIDS.keys())
-def test_grids_are_found(column: Any, expected: Any) -> None:
+def test_grids_are_detected(column: Any, expected: Any) -> None:
     grid = grid_of(column)
     assert (grid is None) == (expected is None)
     if grid is not None:
@@ -192,7 +192,7 @@ def test_a_missing_value_gives_nan_and_no_gradient_of_nan() -> None:
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), np.nan, pd.NaT, pd.NA])
-def test_any_missing_value_among_categories_is_one(missing: Any) -> None:
+def test_any_missing_value_is_a_category(missing: Any) -> None:
     codes = coded(pd.Series([np.str_("a"), missing, 2.5, np.float64(2.5), "z"], dtype=object), ("a", 2.5))
     np.testing.assert_array_equal(codes, [0, np.nan, 1, 1, -1])
 
@@ -258,7 +258,7 @@ def test_categories_start_at_the_frequencies_of_a_tree() -> None:
 
 @ON_GRID
 @ENDS
-def test_a_count_is_fitted_as_one() -> None:
+def test_a_count_is_fitted_as_a_count() -> None:
     result = fit(seeded(lambda: MAF(2, **SMALL).double()), counts(), **QUICK)
     assert isinstance(result.density, TableDensity)
     assert result.density.grids == [None, (1.0, 0.0, counts()[:, 1].max())]
@@ -274,7 +274,7 @@ def test_a_count_is_fitted_as_one() -> None:
     assert min(result.validation_loss) > -result.validation_log_likelihood - 0.01
 
 
-def test_columns_on_a_grid_are_said() -> None:
+def test_columns_on_a_grid_are_reported() -> None:
     with pytest.warns(UserWarning, match=r"fit found values on a grid in column 1 \(steps of 1\): log-likelihoods are"):
         fit(MAF(2, **SMALL), counts(), **{**QUICK, "max_epochs": 1})
 
@@ -475,7 +475,7 @@ def test_steps_lie_in_the_support() -> None:
         assert sum(grid is not None for grid in found) == expected
 
 
-def test_a_spike_in_a_continuous_column_is_still_warned_of() -> None:
+def test_a_spike_in_a_continuous_column_causes_a_warning() -> None:
     random = np.random.default_rng(0)
     rain = np.where(random.random(500) < 0.4, 0.0, random.gamma(2.0, size=500))
     with pytest.warns(UserWarning, match=r"a value that many rows share in column 0 \(0 in "):

@@ -249,7 +249,7 @@ def test_files_in_each_others_place_are_refused(folder: Path) -> None:
         resumed(folder)
 
 
-def test_another_precision_is_another_fit(folder: Path) -> None:
+def test_a_checkpoint_of_another_precision_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r'fit with another precision .*"torch.float32", now "torch.float64"'):
         fit(flow().double(), gaussian_rows(100), folder=folder, resume=True, max_epochs=2, **OPTIONS)
 
@@ -323,7 +323,7 @@ def test_a_damaged_checkpoint_can_be_overwritten(folder: Path) -> None:
     assert resumed(folder).epochs == 2
 
 
-def test_a_board_that_can_not_be_written_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_that_cannot_be_written_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
 
     def refuse(*_: Any) -> None:

@@ -61,7 +61,7 @@ def test_a_toy_integrates_to_one(toy):
 
 
 @toys
-def test_samples_fall_where_the_density_says(toy):
+def test_samples_follow_the_density(toy):
     n = 100_000
     expected = n * cell_probabilities(toy)
     filled = expected > 20
@@ -129,7 +129,7 @@ def test_a_toy_makes_a_dataset_of_three_parts():
         (lambda: LogitPixels(17).dequantise(torch.tensor([3.5])), ValueError, r"whole values of 0 .. 16"),
     ],
 )
-def test_bad_arguments_are_refused_in_words(call, error, words):
+def test_bad_arguments_are_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
 
@@ -151,7 +151,7 @@ def test_dequantised_levels_are_uniform_within_their_level():
 
 
 @pytest.mark.parametrize("margin", [1e-6, 0.05])
-def test_logits_go_there_and_back(margin):
+def test_logits_are_inverted(margin):
     pixels = LogitPixels(levels=17, margin=margin)
     x = torch.linspace(0, 1, 101, dtype=torch.float64)
     assert torch.allclose(pixels.to_pixels(pixels.to_logits(x)), x, atol=1e-12)

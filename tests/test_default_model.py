@@ -97,7 +97,7 @@ def test_weight_decay_keeps_a_flow_of_many_columns_ahead_of_a_gaussian() -> None
     assert float((with_decay.scores[0].log_prob - without.scores[0].log_prob).mean()) > 0.5
 
 
-def test_few_rows_count_by_what_they_gain_over_the_mixture_beyond_chance(tmp_path: Path) -> None:
+def test_with_few_rows_a_flow_must_gain_over_the_mixture_significantly(tmp_path: Path) -> None:
     rows = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) ** 3  # with an edge that no Gaussians have
     whole = fit(rows, max_epochs=40, progress=False)
     fit(rows, max_epochs=20, folder=tmp_path, progress=False)

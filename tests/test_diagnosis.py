@@ -142,7 +142,7 @@ def test_the_evidence_counts_draws_that_cannot_be_scored_as_outside_of_the_suppo
     assert found.misplaced == pytest.approx(0.5, abs=0.02)
 
 
-def test_an_improper_posterior_is_said_to_be_one(recwarn: pytest.WarningsRecorder) -> None:
+def test_an_improper_posterior_is_reported(recwarn: pytest.WarningsRecorder) -> None:
     """Its draws diverge with equal weights, here to an ELBO of 8e36 nats."""
 
     def model() -> None:

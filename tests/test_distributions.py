@@ -303,7 +303,7 @@ def test_components_can_become_different() -> None:
     assert float(loss.detach()) < exact + 0.05
 
 
-def test_a_component_can_not_collapse() -> None:
+def test_a_component_cannot_collapse() -> None:
     density = MADEMoG(2)
     with torch.no_grad():
         density.made.last_layer.bias.fill_(-1e6)

@@ -125,7 +125,7 @@ def test_sums_over_discrete_sites_are_exact(model: Any, by_hand: Any, rows: int 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_model_whose_discrete_sites_take_no_batch_of_draws_is_summed_by_a_map_over_draws() -> None:
+def test_discrete_sites_that_do_not_broadcast_are_summed_by_a_map_over_draws() -> None:
     def model() -> None:
         mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("rows", len(Y)):
@@ -171,7 +171,7 @@ def test_a_mixture_is_fitted_with_its_discrete_sites_summed_out(seed: int, annot
     assert fit.diagnosis.can_be_reweighted
 
 
-def test_everything_that_scores_sums_them_out() -> None:
+def test_every_scoring_function_sums_out_discrete_sites() -> None:
     guide = AutoIAF(poutine.block(mixture, hide=["z"]), **SMALL).setup()
     mean, deviation = truth()
     for size in (None, 3):
@@ -335,7 +335,7 @@ def test_a_guide_of_the_discrete_site_is_weighed_with_it() -> None:
     assert found.elbo == pytest.approx(expected.elbo, abs=4 * (found.elbo_se + expected.elbo_se))
 
 
-def test_scales_that_differ_among_what_is_summed_over_are_refused() -> None:
+def test_different_scales_of_summed_sites_are_refused() -> None:
     def model() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         z = pyro.sample("z", Z, infer=ENUM)
@@ -349,7 +349,7 @@ def test_scales_that_differ_among_what_is_summed_over_are_refused() -> None:
         fit_guide(model, guide, steps=5, **QUICK)
 
 
-def test_blocks_around_a_model_are_taken_off_and_other_handlers_stay() -> None:
+def test_block_handlers_around_a_model_are_removed_and_others_kept() -> None:
     model = poutine.block(poutine.scale(poutine.block(mixture, hide=["z"]), scale=2.0), expose=["mu"])
     trace: Any = poutine.trace(without_blocks(model)).get_trace()
     assert {"mu", "z", "y"} <= trace.nodes.keys()
@@ -359,7 +359,7 @@ def test_blocks_around_a_model_are_taken_off_and_other_handlers_stay() -> None:
     assert without_blocks(mixture) is mixture
 
 
-def test_a_part_of_a_list_of_guides_starts_as_before() -> None:
+def test_a_guide_in_a_guide_list_is_initialised_as_usual() -> None:
     def model() -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         b = pyro.sample("b", dist.Normal(a, 1.0))

@@ -107,7 +107,7 @@ def test_the_conditional_gaussian_moves_with_the_context():
         ({"seed": -1}, "build expected seed of at least 0, got -1"),
     ],
 )
-def test_what_can_not_be_built_is_said(options, message):
+def test_models_that_cannot_be_built_raise(options, message):
     with pytest.raises(ValueError, match=message):
         build(**{"flow": "maf", "input_dim": 2} | options)
 
@@ -183,7 +183,7 @@ def test_the_widths_with_the_best_validation_score_count():
     assert [score.candidate for score in found.scores] == [wide]
 
 
-def test_what_was_fitted_before_is_read_back_to_the_bit(toy, tmp_path, monkeypatch):
+def test_stored_fits_are_read_back_bit_for_bit(toy, tmp_path, monkeypatch):
     first = compare(toy, SMALL, folder=tmp_path, **QUICK)
     monkeypatch.setattr(comparison, "fit", None)
     monkeypatch.setattr(comparison, "fit_gaussian", None)
@@ -219,7 +219,7 @@ def test_damaged_scores_are_never_compared(toy, tmp_path):
             compare(toy, SMALL[:1], folder=tmp_path, **QUICK)
 
 
-def test_an_interrupted_comparison_keeps_what_is_done_and_goes_on_later(toy, tmp_path, monkeypatch):
+def test_an_interrupted_comparison_keeps_its_fits_and_resumes(toy, tmp_path, monkeypatch):
     fit = comparison.fit
 
     def interrupted(*args, **options):
@@ -251,7 +251,7 @@ def test_models_of_data_with_a_context_are_conditional_and_images_have_bits_per_
     assert "bits per pixel" in results.as_markdown(informed)
 
 
-def test_a_model_that_has_no_fit_is_left_out_and_said(toy):
+def test_a_model_that_cannot_be_fitted_is_left_out_and_reported(toy):
     twice = dataclasses.replace(
         toy, train=toy.train[:, [0, 0]], validation=toy.validation[:, [0, 0]], test=toy.test[:, [0, 0]]
     )
@@ -340,6 +340,6 @@ def test_a_column_far_from_zero_is_compared_as_one_that_is_not():
         (12, {}, "got 12 rows, which make 10, 1 and 1"),
     ],
 )
-def test_what_can_not_be_divided_is_said(rows, options, message):
+def test_data_that_cannot_be_divided_are_refused(rows, options, message):
     with pytest.raises(ValueError, match=message):
         divide("rows", torch.randn(rows, 2), **options)

@@ -144,7 +144,7 @@ def test_a_fit_without_a_verdict_prints_four_lines_too() -> None:
 
 
 @of_the_verdict
-def test_ctrl_c_ends_a_fit_with_what_it_had() -> None:
+def test_ctrl_c_ends_a_fit_with_its_current_state() -> None:
     model = Counted(math.inf, lambda model: None)
     guide = AutoIAF(model, **SMALL).setup()
     before = weights(guide)
@@ -267,7 +267,7 @@ def test_the_schedule_ends_when_the_draws_are_effective(spread: float, steps: in
 
 
 @pytest.mark.parametrize(("nats", "share", "ends"), [(30.0, 0.03, True), (30.0, 0.1, False), (2.0, 0.03, False)])
-def test_far_from_the_posterior_a_gain_has_to_be_worth_its_window(nats: float, share: float, ends: bool) -> None:
+def test_far_from_the_posterior_gains_are_relative_to_the_distance(nats: float, share: float, ends: bool) -> None:
     """Log weights with a standard deviation of s are s^2 / 2 nats away; a few outliers change nothing."""
     generator = torch.Generator().manual_seed(0)
     schedule = Schedule(0.01, steps=100_000)
@@ -371,7 +371,7 @@ def test_a_bound_that_is_never_finite_is_an_error() -> None:
 
 @pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
 @pytest.mark.parametrize("how", ["raises", "is never finite"])
-def test_a_fit_that_breaks_off_ends_with_its_best_weights(how: str) -> None:
+def test_a_fit_that_fails_midway_ends_with_its_best_weights(how: str) -> None:
     def guide() -> None:
         pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(3.0)), 1.0))
 
@@ -393,7 +393,7 @@ def test_a_fit_that_breaks_off_ends_with_its_best_weights(how: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
 @pytest.mark.parametrize("how", ["explodes", "is not a number"])
-def test_a_fit_that_goes_astray_returns_to_its_best_weights_at_half_the_rate(how: str) -> None:
+def test_a_diverging_fit_returns_to_its_best_weights_at_half_the_rate(how: str) -> None:
     def guide() -> None:
         pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(3.0)), 1.0))
 
@@ -484,7 +484,7 @@ def test_the_default_rate_suits_a_hundred_latent_variables(model: Any, least: fl
 
 
 @pytest.mark.parametrize("make", GUIDES)
-def test_a_plain_loop_at_the_usual_rate_bears_a_hundred_latent_variables(make: Any) -> None:
+def test_a_plain_loop_at_the_usual_rate_is_stable_with_a_hundred_latent_variables(make: Any) -> None:
     model = hierarchy(100)
     loss = pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True)
     losses = steps(loss, model, make(model, num_layers=2, init_scale=0.1), 40)
@@ -524,7 +524,7 @@ def test_parameters_of_the_model_are_fitted_too() -> None:
     assert float(pyro.param("loc").detach()) == pytest.approx(2.0, abs=0.1)
 
 
-def test_effective_draws_are_no_end_while_parameters_of_the_model_move() -> None:
+def test_effective_draws_do_not_end_a_fit_while_parameters_of_the_model_move() -> None:
     """The posterior given any scale is normal, so all draws are effective before the scale is fitted."""
     y = torch.tensor(2.0) + 0.5 * torch.linspace(-1.7, 1.7, 200)
 
@@ -539,7 +539,7 @@ def test_effective_draws_are_no_end_while_parameters_of_the_model_move() -> None
     assert pyro.param("scale").item() == pytest.approx(float(y.std()), rel=0.01)
 
 
-def test_a_model_that_takes_no_batch_is_fitted_all_the_same() -> None:
+def test_a_model_that_does_not_broadcast_is_fitted_nevertheless() -> None:
     guide = AutoIAF(in_turn, **SMALL)
     with alone as warned:
         fit = fit_guide(in_turn, guide, steps=30, progress=False)
@@ -554,7 +554,7 @@ def test_a_model_that_takes_no_batch_is_fitted_all_the_same() -> None:
     torch.testing.assert_close(guide.median()["z"], torch.tensor([0.8, 0.0]), atol=0.1, rtol=0)
 
 
-def test_a_model_of_minibatches_that_reads_no_values_is_told_to_broadcast() -> None:
+def test_the_error_for_minibatches_that_do_not_broadcast_advises_to() -> None:
     rows = torch.linspace(-1.0, 1.0, 9).reshape(3, 3)
 
     def model() -> None:
@@ -633,7 +633,7 @@ def test_the_same_seed_is_the_same_fit() -> None:
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, num_particles=2, progress="always")
     shown = capsys.readouterr()
     assert "step" in shown.err
@@ -754,7 +754,7 @@ def test_missing_arguments_of_the_model_are_named(model: Any) -> None:
 
 
 @pytest.mark.parametrize("ask", [fit_guide, diagnose, reweight, to_arviz, neutra])
-def test_model_and_guide_swapped_are_told_apart(ask: Any) -> None:
+def test_swapped_model_and_guide_are_recognised(ask: Any) -> None:
     with pytest.raises(
         TypeError, match=r"expected a model and then its guide, got AutoIAF, a guide, .*\(model, guide\)"
     ):
@@ -762,7 +762,7 @@ def test_model_and_guide_swapped_are_told_apart(ask: Any) -> None:
 
 
 @pytest.mark.parametrize("ask", [fit_guide, diagnose, reweight])
-def test_functions_swapped_are_told_apart_by_what_they_observe(ask: Any) -> None:
+def test_swapped_functions_are_recognised_by_their_observations(ask: Any) -> None:
     def guide() -> None:
         rate = pyro.sample("rate", dist.Gamma(pyro.param("shape", torch.tensor(2.0)), 1.0))
         pyro.deterministic("log_rate", rate.log())
@@ -778,7 +778,7 @@ def fails(site: str | None) -> None:
     raise ValueError("no data yet")
 
 
-def test_tables_of_nothing_are_left_off_what_a_model_raises() -> None:
+def test_empty_tables_are_removed_from_errors_of_the_model() -> None:
     for ask in (fit_guide, diagnose):
         for guide in (AutoIAF(partial(fails, None)), AutoNormal(partial(fails, None))):
             with pytest.raises(ValueError, match=r"\Ano data yet\Z"):
@@ -787,7 +787,7 @@ def test_tables_of_nothing_are_left_off_what_a_model_raises() -> None:
         AutoIAF(partial(fails, None)).setup()
 
 
-def test_tensors_in_what_a_model_raises_are_cut() -> None:
+def test_tensors_in_errors_of_the_model_are_abbreviated() -> None:
     def model() -> None:
         raise ValueError("outside:\n" + "\n".join(map(str, range(300))))
 
@@ -795,7 +795,7 @@ def test_tensors_in_what_a_model_raises_are_cut() -> None:
         fit_guide(model, AutoNormal(model))
 
 
-def test_tables_of_sites_stay_with_what_a_model_raises() -> None:
+def test_tables_of_sites_are_kept_in_errors_of_the_model() -> None:
     with pytest.raises(ValueError, match=r"(?s)\Ano data yet\nTrace Shapes:.*before dist"):
         fit_guide(partial(fails, "before"), AutoIAF(partial(fails, "before")))
 

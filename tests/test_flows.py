@@ -52,7 +52,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 # Stacks
 
 
-def test_a_stack_is_its_layers_in_turn() -> None:
+def test_a_stack_composes_its_layers() -> None:
     layers = [shaken(MAF(3, **TINY)), Permute([2, 0, 1]), shaken(ActNorm(3)), shaken(IAF(3, **TINY)).inv]
     flow = Stack(layers).eval()
     assert (len(flow), list(flow), flow[1], flow[-1]) == (4, layers, layers[1], layers[3])
@@ -247,12 +247,12 @@ def test_a_conditional_stack_is_a_flow_at_each_context(make: Any) -> None:
     ],
     ids=["MAF", "its inverse", "IAF", "RealNVP", "two of one kind", "nested of two kinds", "of two kinds"],
 )
-def test_the_fast_direction_is_told(flow: Flow, fast: str | None, says: str) -> None:
+def test_the_fast_direction_is_stated(flow: Flow, fast: str | None, says: str) -> None:
     assert fast in (flow.fast, None)
     assert says in repr(flow).splitlines()[0]
 
 
-def test_repr_tells_architecture_and_size() -> None:
+def test_repr_shows_architecture_and_size() -> None:
     flow = ConditionalMAF(3, 2, num_layers=2, hidden_dims=[16, 8], activation="tanh", batch_norm=True)
     lines = repr(flow).splitlines()
     count = sum(parameter.numel() for parameter in flow.parameters())
@@ -300,7 +300,7 @@ def test_bad_input_is_refused_with_a_reason(call: Callable[[], Any], error: type
 
 @every_family
 @pytest.mark.parametrize("seed", [None, "a", 0.5])
-def test_seed_that_is_no_int_is_refused(make: Callable[..., Stack], seed: object) -> None:
+def test_a_seed_that_is_not_an_int_is_refused(make: Callable[..., Stack], seed: object) -> None:
     with pytest.raises(TypeError, match=f"{make.__name__} expected seed to be an int, got {seed!r}"):
         make(3, seed=seed)
 

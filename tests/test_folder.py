@@ -100,7 +100,7 @@ def test_a_second_thread_is_refused(tmp_path: Path) -> None:
     assert fit(flow(), gaussian_rows(100), folder=tmp_path, resume=True, **OPTIONS).epochs == 1
 
 
-def test_whoever_holds_a_folder_may_fit_in_it(tmp_path: Path) -> None:
+def test_the_process_that_locks_a_folder_can_fit_in_it(tmp_path: Path) -> None:
     at = tmp_path / "fit"
     with held(at, make=False):
         assert not at.exists()
@@ -110,7 +110,7 @@ def test_whoever_holds_a_folder_may_fit_in_it(tmp_path: Path) -> None:
     assert not list(at.iterdir())
 
 
-def test_a_lock_that_was_removed_as_it_was_opened_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_removed_while_being_opened_is_not_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The previous owner releases the folder between our opening the lock file and locking it."""
     lock, opened = files._lock_file, []
 
@@ -126,7 +126,7 @@ def test_a_lock_that_was_removed_as_it_was_opened_is_none(tmp_path: Path, monkey
         assert os.path.samestat((tmp_path / ".lock").stat(), os.fstat(opened[1].fileno()))
 
 
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_without_locks_cause_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -136,7 +136,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch:
     assert (tmp_path / CHECKPOINT).exists()
 
 
-def test_a_folder_that_can_not_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, mode: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -157,7 +157,7 @@ def old(tmp_path: Path) -> Path:
     return tmp_path / "fit"
 
 
-def test_a_fit_is_overwritten_with_all_that_belongs_to_it(old: Path) -> None:
+def test_a_fit_is_overwritten_with_all_its_files(old: Path) -> None:
     result = fit(flow(activation="tanh"), gaussian_rows(100), folder=old, overwrite=True, **OPTIONS)
     assert same(weights(pyro_maf.load(old / "model.safetensors")), weights(result.density))
     assert {path.name for path in old.iterdir() if path.is_file()} == {*FILES[:3], "notes.txt"}
@@ -181,7 +181,7 @@ def test_an_old_fit_stays_until_a_new_one_has_a_checkpoint(old: Path, monkeypatc
     assert contents(old) == before
 
 
-def test_an_old_fit_comes_back_where_the_new_one_can_not_be_written(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_fit_is_restored_if_the_new_one_cannot_be_written(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(old)
 
     def full(*_: Any) -> None:
@@ -226,7 +226,7 @@ def test_a_kill_while_an_old_fit_is_set_aside_loses_nothing(
     assert contents(old) == before
 
 
-def test_what_was_set_aside_for_a_fit_that_has_begun_is_removed(old: Path) -> None:
+def test_an_old_fit_is_removed_once_a_new_one_has_begun(old: Path) -> None:
     (old / ".replaced-abc").mkdir()
     (old / ".replaced-abc" / "model.safetensors").write_text("older")
     before = (old / "model.safetensors").read_bytes()
@@ -235,7 +235,7 @@ def test_what_was_set_aside_for_a_fit_that_has_begun_is_removed(old: Path) -> No
     assert not list(old.glob(".*"))
 
 
-def test_a_command_puts_an_old_fit_back(old: Path) -> None:
+def test_a_command_restores_an_old_fit(old: Path) -> None:
     (old / RECORD).unlink()
     aside = old / ".replaced-abc"
     aside.mkdir()
@@ -248,6 +248,6 @@ def test_a_command_puts_an_old_fit_back(old: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [{"overwrite": True}, {"overwrite": True, "resume": True, "folder": "fit"}])
-def test_to_overwrite_is_to_have_a_folder_and_not_to_resume(asked: dict[str, Any]) -> None:
+def test_overwrite_needs_a_folder_and_excludes_resume(asked: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"expected the folder to overwrite|both resume and overwrite"):
         fit(flow(), gaussian_rows(100), **asked)

@@ -249,7 +249,7 @@ def test_a_failed_set_up_can_be_tried_again() -> None:
     assert guide(False)["rate"].shape == ()
 
 
-def test_a_model_that_takes_no_batch_is_set_up_all_the_same() -> None:
+def test_a_model_that_does_not_broadcast_is_set_up_nevertheless() -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         loc = z[0] if z[1] > -5 else z[0] - 1
@@ -272,7 +272,7 @@ def test_arguments_are_the_models() -> None:
 
 
 @each_guide
-def test_pyros_guides_have_what_these_have(make: Any) -> None:
+def test_attributes_are_those_of_pyros_guides(make: Any) -> None:
     guide = make(several, **UNSEARCHED).setup()
     assert guide.get_posterior().event_shape == (guide.latent_dim,) == (5,)
     assert guide.sample_latent().shape == (5,)
@@ -335,7 +335,7 @@ def test_the_gradient_vanishes_at_the_posterior(objective: Any, vectorised: bool
     assert float(gradients.abs().max()) < 1e-3
 
 
-def test_a_draw_far_beyond_the_usual_gradients_is_limited() -> None:
+def test_an_outlying_gradient_is_clipped() -> None:
     limit = GradientLimit()
     usual = torch.ones(32, 2) * torch.tensor([1.0, 0.0])
     odd = torch.tensor([[1.0, 0.0], [800.0, 100.0], [math.nan, 0.0], [-1.0, math.inf]])
@@ -391,7 +391,7 @@ def test_a_copy_begins_with_whole_steps_again() -> None:
     assert by_hand(torch.optim.SGD([weight], lr=1e-3), weight, 1) == pytest.approx(1e-3 / 2**0.5, rel=1e-3)
 
 
-def test_weights_that_are_gone_are_not_remembered() -> None:
+def test_freed_weights_are_not_kept_alive() -> None:
     weight = nn.Parameter(torch.zeros(2))
     annealing.anneal([weight])
     before = len(annealing._annealed)
@@ -427,7 +427,7 @@ def mixture_to_be_drawn() -> None:
     pyro.sample("y", dist.Normal(loc[..., which], 0.5), obs=torch.tensor(1.5))
 
 
-def test_a_refusal_in_a_step_of_pyros_stays_one_line() -> None:
+def test_an_error_in_a_step_of_pyro_is_one_line() -> None:
     with pytest.raises(ValueError, match="AutoIAF found no latent variables") as raised:
         steps(Trace_ELBO(), lambda: None, AutoIAF(lambda: None), 1)
     assert len(str(raised.value).splitlines()) == 1
@@ -552,7 +552,7 @@ def test_quantiles_out_of_range_are_refused(levels: Any) -> None:
         AutoIAF(counting, **SMALL).quantiles(levels)
 
 
-def test_quantiles_that_are_no_numbers_are_refused() -> None:
+def test_quantiles_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(TypeError, match="AutoIAF expected quantiles to be numbers from 0 to 1, got 'median'"):
         AutoIAF(counting, **SMALL).quantiles("median")
 
@@ -600,7 +600,7 @@ def test_a_single_draw_has_the_shape_of_the_site(make: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [5, 2.5, "ab", None])
-def test_a_shape_of_draws_that_is_no_sequence_is_refused(shape: Any) -> None:
+def test_a_sample_shape_that_is_not_a_sequence_is_refused(shape: Any) -> None:
     with pytest.raises(TypeError, match=r"AutoIAF expected sample_shape to be a sequence of ints such as \(5,\), got"):
         AutoIAF(counting, **SMALL).rsample(shape)
 
@@ -755,7 +755,7 @@ def conditioned_on_parameters(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(loc + share[..., 0], 1.0), obs=y)
 
 
-def test_a_model_with_parameters_and_data_stays_behind() -> None:
+def test_a_model_with_parameters_and_data_is_not_pickled() -> None:
     y = torch.arange(100_000.0) % 7
     guide = AutoIAF(
         conditioned_on_parameters,
@@ -782,7 +782,7 @@ def test_an_unpickled_guide_without_set_up_raises_a_clear_error() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: MAF(2, num_layers=1), lambda: FlowPrior(IAF(2, num_layers=1))])
-def test_flows_and_densities_that_pyro_knows_of_can_be_pickled(make: Any) -> None:
+def test_flows_and_densities_registered_with_pyro_can_be_pickled(make: Any) -> None:
     module = make()
     pyro.module("module", module)
     twin = pickle.loads(pickle.dumps(module))
@@ -857,7 +857,7 @@ def test_a_support_that_moves_in_a_model_of_one_draw_is_refused_in_one_line() ->
         AutoIAF(model, **SMALL).setup()
 
 
-def test_supports_of_tensors_that_stay_are_taken() -> None:
+def test_supports_of_constant_tensors_are_accepted() -> None:
     def model() -> None:
         with pyro.plate("rows", 2):
             pyro.sample("v", dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])))
@@ -882,7 +882,7 @@ def through_the_state(folder: Path) -> None:
 
 @pytest.mark.parametrize("way", [through_a_file, through_the_state])
 @each_guide
-def test_a_new_guide_is_what_the_store_holds(make: Any, way: Any, tmp_path: Path) -> None:
+def test_a_new_guide_has_the_weights_of_the_store(make: Any, way: Any, tmp_path: Path) -> None:
     """Wherever both start, since the start belongs to the weights."""
     guide = shaken(make(counting, **SMALL, init_scale=0.2).setup())
     steps(Trace_ELBO(), counting, guide, 2)
@@ -934,7 +934,7 @@ def test_saving_the_store_does_not_affect_other_guides(tmp_path: Path) -> None:
             assert same(kept, weights(guide))
 
 
-def test_a_scope_leaves_no_weights_to_a_guide_of_another_model() -> None:
+def test_a_scope_gives_no_weights_to_a_guide_of_another_model() -> None:
     AutoIAF(counting, **SMALL).setup()()
     with pyro.get_param_store().scope():
         counting()
@@ -1170,7 +1170,7 @@ def test_one_bad_draw_leaves_the_parameters_finite(make: Any, bad: Any) -> None:
 
 @pytest.mark.parametrize("point", [-1000.0, 1000.0])
 @each_guide
-def test_scales_and_shares_out_of_reach_raise_nothing(make: Any, point: float) -> None:
+def test_extreme_scales_and_shares_do_not_raise(make: Any, point: float) -> None:
     def model() -> None:
         scale = pyro.sample("scale", dist.HalfCauchy(1.0))
         share = pyro.sample("share", dist.Beta(2.0, 2.0))

@@ -133,7 +133,7 @@ def assert_as_by_calls(layer: Flow) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("change", [*IN_THE_WEIGHT, *IN_THE_CALL])
-def test_both_directions_see_what_a_call_of_the_layers_sees(name: str, change: Callable[[Any], Any]) -> None:
+def test_both_directions_equal_calls_of_the_layers(name: str, change: Callable[[Any], Any]) -> None:
     layer = at_context(build(name, NETWORK, double, "cpu"), 20)
     layer = layer if name != NAMES[2] else type(layer)(layer.flow, layer.context[0])  # type: ignore[operator]
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_samples_of_a_mixture_follow_its_conditionals(change: Callable[[Any], An
     assert (standard.std(0) - 1).abs().max() < 0.04
 
 
-def test_a_network_of_a_users_own_in_a_coupling() -> None:
+def test_a_user_defined_network_in_a_coupling() -> None:
     flow = RealNVP(4, num_layers=1, hidden_dims=[8])
     flow[0].networks[0].register_forward_hook(lambda module, args, output: output + 0.3)
     x = torch.randn(5, 4)
@@ -254,7 +254,7 @@ def old_norms(layer: nn.Module, key: str) -> None:
 
 @pytest.mark.parametrize("change", [old_norms, lambda layer, key: prune.random_unstructured(layer, key, 1)])
 @pytest.mark.parametrize("make", [ActNorm, BatchNorm, LowerTriangularAffine])
-def test_transforms_see_the_hooks_on_parameters_of_their_own(make: Any, change: Callable[..., Any]) -> None:
+def test_transforms_run_hooks_on_their_own_parameters(make: Any, change: Callable[..., Any]) -> None:
     layer, plain = make(3).eval(), make(3).eval()
     with torch.no_grad():
         for parameter in layer.parameters():

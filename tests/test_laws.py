@@ -90,11 +90,11 @@ class Forgetful(Scale):
     [Scale, ActNorm, lambda d: MAF(d, **SIZE), lambda d: ConditionalMAF(d, 2, **SIZE)],
     ids=["Scale", "ActNorm", "MAF", "ConditionalMAF"],
 )
-def test_transforms_that_are_right_pass(make: Callable[[int], Any]) -> None:
+def test_correct_transforms_pass(make: Callable[[int], Any]) -> None:
     check_transform(make, dimensions=(2,))
 
 
-def test_a_difference_that_straddles_a_knot_is_no_wrong_derivative() -> None:
+def test_a_finite_difference_across_a_knot_is_not_an_error() -> None:
     check_transform(lambda d: NSF(d, **SIZE), dimensions=(2,), seed=734698)
 
 
@@ -131,7 +131,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("make", "message"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_law_is_named_with_its_error_and_where(make: type[Flow], message: str) -> None:
+def test_a_broken_law_is_named_with_its_error_and_place(make: type[Flow], message: str) -> None:
     with pytest.raises(BrokenLawError, match=message):
         check_transform(make, dimensions=(2,), identity=make is not Forgetful)
 
@@ -237,7 +237,7 @@ WRONG: dict[Callable[[int], Any], str] = {
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_other_transforms_that_are_wrong_are_found_out(make: Callable[[int], Any], message: str) -> None:
+def test_wrong_transforms_of_other_packages_are_detected(make: Callable[[int], Any], message: str) -> None:
     with pytest.raises(BrokenLawError, match=message):
         check_transform(make, dimensions=(2,))
 
@@ -256,7 +256,7 @@ RIGHT: dict[str, Callable[[int], Any]] = {
 
 
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
-def test_other_transforms_that_are_right_pass(make: Callable[[int], Any]) -> None:
+def test_correct_transforms_of_other_packages_pass(make: Callable[[int], Any]) -> None:
     check_transform(make, dimensions=(2,))
 
 
@@ -356,7 +356,7 @@ DENSITIES: dict[str, Callable[[int], Any]] = {
 
 
 @pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
-def test_densities_that_are_right_pass(make: Callable[[int], Any]) -> None:
+def test_correct_densities_pass(make: Callable[[int], Any]) -> None:
     check_density(make)
 
 
@@ -372,7 +372,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("kind", "message"), FAULTS.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_faults_of_densities_of_any_dimension_are_found_out(kind: Any, message: str) -> None:
+def test_errors_of_densities_of_any_dimension_are_detected(kind: Any, message: str) -> None:
     check_density(Plain, dimensions=[3])
     with pytest.raises(BrokenLawError, match=message):
         check_density(kind, dimensions=[3])
@@ -380,7 +380,7 @@ def test_faults_of_densities_of_any_dimension_are_found_out(kind: Any, message: 
 
 @pytest.mark.parametrize(("kind", "law"), [(Lifted, "integrates to 1"), (Wide, "draws from its density")])
 @pytest.mark.parametrize("dimensions", [1, 2])
-def test_densities_that_are_wrong_are_found_out(kind: Any, law: str, dimensions: int) -> None:
+def test_wrong_densities_are_detected(kind: Any, law: str, dimensions: int) -> None:
     with pytest.raises(BrokenLawError, match=rf'^{kind.__name__} breaks the law "{law}": off by'):
         check_density(lambda d: kind(MAF(d, **SIZE)), dimensions=[dimensions])
 
@@ -399,7 +399,7 @@ def independent() -> None:
 
 
 @pytest.mark.parametrize("make", [*GUIDES, AutoNormal, AutoMultivariateNormal])
-def test_guides_that_are_right_pass(make: Any) -> None:
+def test_correct_guides_pass(make: Any) -> None:
     check_guide(model, lambda model: make(model, **(SMALL if make in GUIDES else {})))
 
 
@@ -408,7 +408,7 @@ def test_an_evidence_that_differs_by_a_tenth_of_a_nat_is_refused() -> None:
         check_guide(independent, AutoIAF, log_evidence=0.1)
 
 
-def test_a_guide_that_leaves_out_a_site_is_found_out() -> None:
+def test_a_guide_that_omits_a_site_is_detected() -> None:
     with pytest.raises(BrokenLawError, match=r"^AutoNormal breaks the law .* z of the model is not drawn"):
         check_guide(model, lambda model: AutoNormal(poutine.block(model, hide=["z"])))
 
@@ -473,7 +473,7 @@ WRONG_GUIDES = {
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG_GUIDES.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_guides_that_are_wrong_are_found_out(make: Any, message: str) -> None:
+def test_wrong_guides_are_detected(make: Any, message: str) -> None:
     check_guide(plates, ByHand)
     with pytest.raises(BrokenLawError, match=message):
         check_guide(plates, make)

@@ -58,7 +58,7 @@ def test_affine_map_has_a_bounded_scale_and_an_exact_inverse() -> None:
 # Permutation and full-rank affine map
 
 
-def test_permute_takes_each_dimension_from_its_place() -> None:
+def test_permute_reorders_the_dimensions() -> None:
     layer = Permute(torch.tensor([2, 0, 1]))
     x = torch.tensor([[10.0, 11.0, 12.0]])
     assert layer(x).tolist() == [[12.0, 10.0, 11.0]]
@@ -116,7 +116,7 @@ def mu_and_alpha(layer: Coupling, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("networks", ["joint", "separate"])
 @pytest.mark.parametrize("mask", [None, [True, False, False, True, False], [False] * 5])
-def test_coupling_moves_what_the_mask_leaves_free(mask: Any, networks: str) -> None:
+def test_coupling_transforms_the_unmasked_dimensions(mask: Any, networks: str) -> None:
     layer = shaken(Coupling(5, mask=mask, networks=networks, hidden_dims=[8]))
     kept = torch.tensor([True, False, True, False, True] if mask is None else mask)
     x, other = torch.randn(2, 6, 5, dtype=double)

@@ -48,7 +48,7 @@ def refused(path: Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_file_is_not_found(tmp_path: Path) -> None:
+def test_a_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"load expected a file at {tmp_path}/none, found nothing"):
         pyro_maf.load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=f"load expected a file at {tmp_path}, found a folder"):
@@ -85,7 +85,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_changes_nothing(saved: Path) 
     assert refusals > 100
 
 
-def test_what_another_program_wrote_is_refused(path: Path) -> None:
+def test_files_of_other_programs_are_refused(path: Path) -> None:
     save_file({"weight": torch.ones(2)}, path)
     refused(path, "found no pyro_maf architecture in .*: another program wrote it")
     path.write_text("a letter\nof two lines, and of more bytes than a header's length takes\n")
@@ -119,7 +119,7 @@ def test_an_architecture_that_was_tampered_with_is_refused(change: dict[str, Any
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', "[" * 100_000])
-def test_an_architecture_that_is_none_is_refused(text: str, saved: Path) -> None:
+def test_an_invalid_architecture_is_refused(text: str, saved: Path) -> None:
     rewrite(saved, text)
     refused(saved, "could not rebuild")
 
@@ -138,7 +138,7 @@ def test_tensors_of_another_model_are_refused(tensors: dict[str, torch.Tensor], 
     refused(saved, "could not rebuild")
 
 
-def test_nothing_that_is_loaded_runs(path: Path, saved: Path) -> None:
+def test_loading_runs_no_code(path: Path, saved: Path) -> None:
     witness = saved.parent / "witness"
 
     class Payload:

@@ -127,7 +127,7 @@ def test_draws_that_the_model_cannot_score_are_minus_infinity_and_the_others_are
     assert bool((scores[~scores.isfinite()] == -math.inf).all())
 
 
-def test_what_a_model_raises_for_every_draw_is_raised() -> None:
+def test_an_error_for_every_draw_is_raised() -> None:
     pyro.set_rng_seed(1)
     with pytest.raises(ValueError, match="too large"):
         joint_of(fussy, {"z": torch.tensor([3.0, 5.0]).reshape(2, 1, 1)})
@@ -146,7 +146,7 @@ def test_rows_that_a_plate_subsamples_are_the_same_in_every_call() -> None:
     torch.testing.assert_close(joint(values), joint(values), rtol=0, atol=0)
 
 
-def test_randomness_of_the_models_own_is_noticed() -> None:
+def test_random_choices_of_the_model_are_detected() -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z + torch.randn(()), 1.0), obs=torch.tensor(0.3))
@@ -194,7 +194,7 @@ def elbo_of(log_density: Any, loc: Tensor, scale_tril: Tensor) -> float:
     return float((log_density(draws) - normal.log_prob(draws)).mean())
 
 
-def test_a_funnel_is_not_entered_to_its_neck() -> None:
+def test_the_ascent_stops_before_the_neck_of_a_funnel() -> None:
     """The mode of ten scales is at v0 = -45, where there is hardly any probability."""
 
     def funnel(v: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def test_a_funnel_is_not_entered_to_its_neck() -> None:
     assert elbo_of(funnel, *found) > elbo_of(funnel, torch.zeros(11), torch.eye(11)) - 0.1
 
 
-def test_a_saddle_is_left_for_a_mode() -> None:
+def test_the_ascent_leaves_saddle_points() -> None:
     def wells(v: Tensor) -> Tensor:
         return -((v[:, 0] ** 2 - 9) ** 2) / 8 - v[:, 1] ** 2 / 2
 
@@ -216,7 +216,7 @@ def test_a_saddle_is_left_for_a_mode() -> None:
     assert abs(float(found.loc[1])) < 0.1
 
 
-def test_many_dimensions_are_climbed_by_gradients() -> None:
+def test_the_ascent_uses_gradients_in_many_dimensions() -> None:
     scales = torch.logspace(-0.5, 0.5, 250, dtype=torch.float64)
     loc = torch.linspace(-3, 3, 250, dtype=torch.float64)
     density = dist.Normal(loc, scales).to_event(1)
@@ -240,7 +240,7 @@ class Once(torch.autograd.Function):
         return -x * gradient
 
 
-def test_a_density_without_second_derivatives_is_climbed_by_gradients() -> None:
+def test_the_ascent_uses_gradients_without_second_derivatives() -> None:
     found = best_normal(lambda v: Once.apply(v - 2).sum(-1), torch.zeros(2))
     assert float((found.loc - 2).abs().max()) < 0.1
     assert elbo_of(lambda v: dist.Normal(2.0, 1.0).log_prob(v).sum(-1), *found) > -0.1
@@ -256,7 +256,7 @@ def test_second_derivatives_that_are_not_finite_are_not_used() -> None:
 
 
 @pytest.mark.parametrize("score", [-math.inf, math.nan])
-def test_where_nothing_can_be_scored_the_start_is_narrow_and_where_it_was(score: float) -> None:
+def test_without_scorable_draws_the_start_is_narrow_and_unchanged(score: float) -> None:
     loc = torch.tensor([1.0, -1.0])
     found = best_normal(lambda v: v.sum(-1) * 0 + score, loc)
     torch.testing.assert_close(found.loc, loc)

@@ -97,7 +97,7 @@ def test_rows_that_are_missing_are_imputed(seed: int) -> None:
     assert reweight(missing, fit.guide, num_samples=100)["y_unobserved"].shape == (100, 4)
 
 
-def test_what_is_left_out_has_no_volume_either() -> None:
+def test_masked_entries_have_no_log_determinant() -> None:
     found = diagnose(positive, AutoIAF(positive, **SMALL), num_samples=4000)
     expected = diagnose(positive_of_the_seen, AutoIAF(positive_of_the_seen, **SMALL), num_samples=4000)
     assert found.elbo == pytest.approx(expected.elbo, abs=0.1)
@@ -111,7 +111,7 @@ def test_what_is_left_out_has_no_volume_either() -> None:
     torch.testing.assert_close(guide.log_prob(sites), trace.log_prob_sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_neutra_has_the_density_of_what_is_not_masked() -> None:
+def test_neutra_has_the_density_of_the_unmasked_entries() -> None:
     guide = AutoIAF(positive, init_scale=0.5, **SMALL).setup()
     noise = torch.randn(guide.latent_dim)
     warped = neutra(positive, guide)
@@ -122,7 +122,7 @@ def test_neutra_has_the_density_of_what_is_not_masked() -> None:
     torch.testing.assert_close(found, joint + normal - guide.log_prob(sites), rtol=1e-4, atol=1e-4)
 
 
-def test_a_flat_prior_is_no_masked_row() -> None:
+def test_a_masked_prior_with_likelihood_is_not_masked_out() -> None:
     """A prior masked away leaves the likelihood, a proper posterior."""
 
     def model() -> None:
@@ -139,7 +139,7 @@ def test_a_flat_prior_is_no_masked_row() -> None:
     assert abs(diagnose(model, AutoNormal(model, init_scale=0.5)).elbo) < 20
 
 
-def test_of_masked_entries_those_that_the_likelihood_sees_are_kept() -> None:
+def test_masked_entries_in_the_likelihood_are_kept() -> None:
     def model() -> None:
         with pyro.plate("rows", 3), poutine.mask(mask=torch.tensor([True, False, False])):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -172,7 +172,7 @@ def test_other_masks_than_those_of_the_set_up_are_refused_or_set_up_anew() -> No
     assert math.isfinite(diagnose(missing, guide, ~SEEN).elbo)
 
 
-def test_rows_with_guides_of_their_own_can_not_be_masked() -> None:
+def test_rows_with_guides_of_their_own_cannot_be_masked() -> None:
     def model(y: Tensor) -> None:
         with pyro.plate("rows", len(y)), poutine.mask(mask=SEEN):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -182,7 +182,7 @@ def test_rows_with_guides_of_their_own_can_not_be_masked() -> None:
         AutoIAF(model, encoder=lambda y: y[:, None], **SMALL).setup(Y)
 
 
-def test_of_a_guide_that_scores_masked_entries_there_is_no_verdict() -> None:
+def test_a_guide_that_scores_masked_entries_gets_no_verdict() -> None:
     found = diagnose(missing, AutoNormal(missing, init_scale=0.5))
     assert math.isnan(found.elbo)
     assert "site y_unobserved is masked in the model, and the guide scores it" in found.verdict

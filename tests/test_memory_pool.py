@@ -16,7 +16,7 @@ SIZE = 2**16
 like = torch.zeros(1)
 
 
-def test_what_somebody_refers_to_is_not_given_out() -> None:
+def test_referenced_memory_is_not_reused() -> None:
     held = [empty(SIZE, like).fill_(number) for number in range(2 * memory_pool.MOST)]
     view = empty(SIZE, like).fill_(-1)[5:9].view(2, 2)
     array = empty(SIZE, like).fill_(-2).numpy()
@@ -36,7 +36,7 @@ def test_dtypes_and_sizes_are_kept_apart() -> None:
                 assert tensor.data_ptr() % memory_pool.LINE == 0
 
 
-def test_no_more_is_held_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_respects_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_pool, "MOST_BYTES", 3 * 4 * SIZE)
     memory_pool._arrays.clear()
     held = [empty(SIZE, like) for _ in range(5)]
@@ -44,7 +44,7 @@ def test_no_more_is_held_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(memory_pool._arrays) <= 3
 
 
-def test_threads_get_memory_of_their_own() -> None:
+def test_threads_do_not_share_memory() -> None:
     def write(number: int) -> bool:
         return all(bool((empty(SIZE, like).fill_(number) == number).all()) for _ in range(50))
 
@@ -52,7 +52,7 @@ def test_threads_get_memory_of_their_own() -> None:
         assert all(pool.map(write, range(8)))
 
 
-def test_gradients_that_are_kept_stay() -> None:
+def test_retained_gradients_are_not_overwritten() -> None:
     prior, value = FlowPrior(MAF(6, num_layers=2, hidden_dims=[128, 128])), torch.randn(50, 6)
     kept = []
     for number in range(4):

@@ -106,12 +106,12 @@ def test_minibatches_add_up_to_all_rows(model: Any, n: int, m: int) -> None:
     torch.testing.assert_close(joint(values), whole(values), rtol=1e-5, atol=1e-5)
 
 
-def test_plates_apart_take_their_minibatches_side_by_side() -> None:
+def test_independent_plates_subsample_in_parallel() -> None:
     joint = joint_of(partial(apart, 1, 1), {"loc": torch.randn(2, 1, 1, 1)})
     assert len(list(joint._minibatches)) == 7
 
 
-def test_where_not_all_minibatches_are_run_they_stand_for_the_rest() -> None:
+def test_a_sample_of_minibatches_represents_the_rest() -> None:
     def model() -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         with pyro.plate("rows", 100, subsample_size=3) as i:
@@ -186,7 +186,7 @@ OUTSIDE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("plate", "reason"), OUTSIDE.values(), ids=OUTSIDE)
-def test_of_data_that_are_a_minibatch_already_there_is_no_verdict(plate: Any, reason: str) -> None:
+def test_data_that_are_already_a_minibatch_get_no_verdict(plate: Any, reason: str) -> None:
     def model(y: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         with plate(0):
@@ -206,7 +206,7 @@ def test_of_data_that_are_a_minibatch_already_there_is_no_verdict(plate: Any, re
         neutra(model, guide)(y)
 
 
-def test_of_a_plate_outside_the_model_there_is_no_verdict() -> None:
+def test_a_plate_outside_the_model_gets_no_verdict() -> None:
     plate = pyro.plate("rows", 40, subsample_size=5)
 
     def model(y: Tensor) -> None:
@@ -217,7 +217,7 @@ def test_of_a_plate_outside_the_model_there_is_no_verdict() -> None:
     assert "plate rows is outside the model" in diagnose(model, exact, torch.randn(40)).verdict
 
 
-def test_of_minibatches_that_change_their_size_there_is_no_verdict() -> None:
+def test_minibatches_of_varying_size_get_no_verdict() -> None:
     sizes = iter(range(1, 100))
 
     def model(y: Tensor) -> None:

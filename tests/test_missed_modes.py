@@ -59,7 +59,7 @@ def test_a_guide_that_covers_only_a_spike_is_detected() -> None:
     assert not around.is_mode
 
 
-def test_tails_that_a_guide_lacks_are_not_said_to_be_a_mode() -> None:
+def test_missing_tails_are_not_reported_as_a_mode() -> None:
     def model() -> None:
         pyro.sample("z", dist.MultivariateStudentT(3.0, torch.zeros(2), torch.eye(2)))
 
@@ -130,13 +130,13 @@ def heavy() -> None:
 
 
 @pytest.mark.parametrize("model", [funnel, skewed, heavy], ids=lambda model: model.__name__)
-def test_a_posterior_of_one_mode_has_none_that_its_own_draws_miss(model: Any) -> None:
+def test_exact_draws_of_a_unimodal_posterior_miss_no_mode(model: Any) -> None:
     """The posterior is the prior, whose draws miss nothing, though a funnel's density is highest far out."""
     pyro.set_rng_seed(1)
     assert diagnose(model, model).missed == ()
 
 
-def test_of_a_fitted_regression_nothing_is_missed() -> None:
+def test_a_fitted_regression_misses_no_mode() -> None:
     known = regression()
     assert fit_guide(known.model, AutoIAF(known.model, **SMALL), steps=20, progress=False).diagnosis.missed == ()
 
@@ -168,7 +168,7 @@ def in_turn() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:fit_guide runs the model for each draw")
-def test_of_a_model_that_is_run_draw_by_draw_a_verdict_says_that_there_was_no_search() -> None:
+def test_without_broadcasting_the_verdict_says_that_there_was_no_search() -> None:
     fit = fit_guide(in_turn, AutoIAF(in_turn, **SMALL), steps=100, progress=False)
     clause = "other modes were not looked for, since the model is run draw by draw"
     assert fit.run_alone

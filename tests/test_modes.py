@@ -58,7 +58,7 @@ def ready(make: Any = AutoIAF, model: Any = apart) -> Any:
 # -- detection ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_mode_that_matters_has_a_normal_and_its_share() -> None:
+def test_every_relevant_mode_has_a_normal_and_a_share() -> None:
     found = start(score)
     locs = torch.stack([normal.loc for normal in found.normals])
     torch.testing.assert_close(locs, CENTRES, atol=1e-3, rtol=0)
@@ -107,7 +107,7 @@ def test_more_modes_than_a_guide_covers_are_counted() -> None:
 
 
 @each_guide
-def test_its_density_is_exact(make: Any) -> None:
+def test_the_mixtures_density_is_exact(make: Any) -> None:
     guide = ready(make)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_a_mode_without_a_share_costs_nothing_and_changes_nothing() -> None:
     [Trace_ELBO, TracePath_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, RenyiELBO],
 )
 @pytest.mark.parametrize("vectorised", [True, False])
-def test_every_objective_takes_it(objective: Any, vectorised: bool) -> None:
+def test_every_objective_supports_the_mixture(objective: Any, vectorised: bool) -> None:
     guide = ready()
     before = weights(guide)
     options: dict[str, Any] = {"num_particles": 4, "vectorize_particles": vectorised, "max_plate_nesting": 1}
@@ -241,7 +241,7 @@ def test_every_objective_takes_it(objective: Any, vectorised: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
-def test_pyros_compiled_objective_takes_it() -> None:
+def test_pyros_compiled_objective_supports_the_mixture() -> None:
     guide = ready()
     before = weights(guide)
     objective = JitTrace_ELBO(num_particles=4, vectorize_particles=True, ignore_jit_warnings=True)
@@ -346,7 +346,7 @@ def test_every_order_of_labels_is_covered(locs: tuple[float, ...], with_shares: 
     assert len(orders) == modes
 
 
-def test_axes_of_one_length_are_no_labels_unless_the_density_says_so() -> None:
+def test_axes_of_equal_length_are_labels_only_if_the_density_is_exchangeable() -> None:
     values = {"a": torch.randn(4, 3), "b": torch.randn(4, 2, 3), "c": torch.randn(4)}
     events = {name: value.shape[1:] for name, value in values.items()}
 
@@ -360,7 +360,7 @@ def test_axes_of_one_length_are_no_labels_unless_the_density_says_so() -> None:
     assert len(exchanges(in_order, values, events)) == 1
 
 
-def test_sites_are_labels_with_those_of_the_same_number() -> None:
+def test_sites_of_the_same_number_are_relabelled_jointly() -> None:
     values = {name: torch.randn(4) for name in ("m0", "s0", "m1", "s1", "m2", "s2", "other")}
     events = {name: value.shape[1:] for name, value in values.items()}
 
@@ -448,7 +448,7 @@ def test_copies_have_all_modes() -> None:
         assert twin.rsample((3,))["z"].shape == (3, 2)
 
 
-def test_a_state_of_more_modes_is_loaded_into_a_guide_that_saw_fewer() -> None:
+def test_a_state_with_more_modes_is_loaded_into_a_guide_with_fewer() -> None:
     many, one = ready(), AutoIAF(apart, **SMALL, init_scale=0.3).setup()
     alone = copy.deepcopy(one)
     one.load_state_dict(many.state_dict())
@@ -472,7 +472,7 @@ def test_pyros_store_restores_all_modes(options: dict[str, Any]) -> None:
     assert torch.equal(other.log_prob({"z": CENTRES}), expected)
 
 
-def test_the_distribution_expands() -> None:
+def test_the_mixture_distribution_expands() -> None:
     mixture: FlowMixture = ready().transform
     fn = MixturePosterior(mixture).expand(torch.Size([3, 1]))
     draws = fn.rsample((2,))

@@ -48,7 +48,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_seen(change: str) -> None:
+def test_a_change_is_detected(change: str) -> None:
     flow = MAF(3, num_layers=2, hidden_dims=[8])
     structure = Structure.of(flow)
     kinds = structure.kinds()
@@ -58,7 +58,7 @@ def test_a_change_is_seen(change: str) -> None:
         assert now != structure or now.kinds() != kinds
 
 
-def test_numbers_of_parameters_and_uses_are_no_change() -> None:
+def test_parameter_values_and_calls_are_not_a_change() -> None:
     flow = MAF(3, num_layers=2, hidden_dims=[8])
     structure = Structure.of(flow)
     kinds = structure.kinds()

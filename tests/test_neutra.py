@@ -47,7 +47,7 @@ def test_draws_are_of_the_posterior_whatever_the_guide() -> None:
 
 
 @pytest.mark.parametrize("make", GUIDES)
-def test_the_density_of_noise_is_that_of_the_sites_it_makes_and_the_volume(make: Any) -> None:
+def test_the_density_of_noise_is_that_of_its_sites_and_the_log_determinant(make: Any) -> None:
     guide = shaken(make(rows, **SMALL, init_scale=0.3).setup())
     warped = neutra(rows, guide)
     noise = torch.randn(guide.latent_dim)
@@ -92,7 +92,7 @@ def test_the_weights_of_a_guide_are_held_fixed() -> None:
     assert not any(parameter.requires_grad for parameter in guide.parameters())
 
 
-def test_a_guide_from_elsewhere_is_refused() -> None:
+def test_a_guide_of_another_class_is_refused() -> None:
     with pytest.raises(TypeError, match=r"neutra expected a guide of pyro_maf\.infer, got AutoNormal"):
         neutra(counting, AutoNormal(counting))  # type: ignore[arg-type]
 

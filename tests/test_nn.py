@@ -84,7 +84,7 @@ def test_random_degrees_are_uniform() -> None:
 
 
 @given(a=architectures())
-def test_an_output_is_reached_from_earlier_inputs_alone(a: dict[str, Any]) -> None:
+def test_an_output_depends_on_earlier_inputs_only(a: dict[str, Any]) -> None:
     size, hidden, outputs, lowest = a["input_dim"], a["hidden_dims"], a["outputs_per_input"], int(not a["context_dim"])
     units = degrees(size, hidden, kind=a["degrees"], lowest=lowest, seed=a["seed"])
     layers = masks(a["order"], units, outputs)
@@ -108,7 +108,7 @@ def test_an_output_is_reached_from_earlier_inputs_alone(a: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
-def test_masked_linear_is_a_linear_layer_of_its_kept_weights(dtype: torch.dtype) -> None:
+def test_masked_linear_is_a_linear_layer_with_masked_weights(dtype: torch.dtype) -> None:
     mask = torch.tensor([[1, 0, 1], [0, 0, 0]]).to(dtype)
     layer = MaskedLinear(mask).double()
     x = torch.randn(4, 5, 3, dtype=double)
@@ -119,7 +119,7 @@ def test_masked_linear_is_a_linear_layer_of_its_kept_weights(dtype: torch.dtype)
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
-def test_masked_linear_is_drawn_within_the_root_of_what_it_sees() -> None:
+def test_masked_linear_is_initialised_by_its_number_of_inputs() -> None:
     layer = MaskedLinear(torch.ones(3, 4000).mul(torch.arange(4000) < torch.tensor([[4000], [1000], [0]])))
     largest = layer.weight.detach().abs().amax(1) * torch.tensor([4000.0, 1000.0, 1.0]).sqrt()
     assert bool(((largest <= 1.0001) & (largest > 0.99)).all())
@@ -133,7 +133,7 @@ def test_masked_linear_is_drawn_within_the_root_of_what_it_sees() -> None:
 
 
 @given(a=architectures())
-def test_gradient_is_of_earlier_inputs_alone(a: dict[str, Any]) -> None:
+def test_gradients_exist_for_earlier_inputs_only(a: dict[str, Any]) -> None:
     made = MADE(**a).double()
     context = torch.randn(a["context_dim"], dtype=double) if a["context_dim"] else None
     x = 3 * torch.randn(made.input_dim, dtype=double)
@@ -147,7 +147,7 @@ def test_gradient_is_of_earlier_inputs_alone(a: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_made_is_its_layers_in_turn(activation: str, context_dim: int) -> None:
+def test_made_composes_its_layers(activation: str, context_dim: int) -> None:
     made = MADE(3, [7, 6], outputs_per_input=2, context_dim=context_dim, activation=activation).double()
     x, context = 4 * torch.randn(50, 3, dtype=double), torch.randn(50, context_dim, dtype=double)
     wanted = compress_tails(x)
@@ -265,7 +265,7 @@ def test_state_of_another_activation_is_refused(strict: bool) -> None:
 
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("input_dim", [0, 3])
-def test_mlp_is_its_layers_in_turn(input_dim: int, context_dim: int) -> None:
+def test_mlp_composes_its_layers(input_dim: int, context_dim: int) -> None:
     mlp = MLP(input_dim, [7, 5], 4, context_dim=context_dim, activation="elu").double()
     x, context = 4 * torch.randn(6, input_dim, dtype=double), torch.randn(6, context_dim, dtype=double)
     wanted = compress_tails(x)

@@ -62,7 +62,7 @@ def test_batch_norm_trains_on_the_statistics_of_the_batch() -> None:
     close(layer.mean, (0.09 + 0.1) * mean)
 
 
-def test_batch_norm_takes_what_is_stored_everywhere_else() -> None:
+def test_batch_norm_uses_stored_statistics_in_eval_mode() -> None:
     layer = shaken(BatchNorm(3)).train()
     for _ in range(3):
         layer.inv(data())
@@ -146,7 +146,7 @@ def test_act_norm_is_set_by_the_first_batch_of_data() -> None:
     close(layer.inv(2 * y), later)
 
 
-def test_act_norm_is_set_once_whoever_sees_the_data_next() -> None:
+def test_act_norm_is_initialised_only_once() -> None:
     layer = ActNorm(3).double()
     before = layer.with_cache(0)
     layer.inv(data())

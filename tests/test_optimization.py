@@ -20,7 +20,7 @@ def drawn(seed: int, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fused", [True, False])
-def test_its_steps_are_those_of_torch(fused: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_those_of_torch(fused: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fused:
         monkeypatch.setattr(optimization, "FUSED", ())
     weights = drawn(0, dtype)
@@ -39,7 +39,7 @@ def test_its_steps_are_those_of_torch(fused: bool, dtype: torch.dtype, monkeypat
     assert all(torch.equal(weight, twin) for weight, twin in zip(weights, twins, strict=True))
 
 
-def test_it_resumes_from_its_states() -> None:
+def test_the_optimizer_resumes_from_its_state() -> None:
     weights = drawn(0, torch.float64)
     twins = [weight.clone() for weight in weights]
     whole, first, second = Adam(weights), Adam(twins), Adam(twins)

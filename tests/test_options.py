@@ -128,7 +128,7 @@ def test_an_unknown_option_is_refused_in_one_line(cls: type) -> None:
 
 
 @pytest.mark.parametrize("cls", [NSF, ConditionalMAF, MixtureFlow, transforms.Coupling])
-def test_an_option_of_the_spline_is_sent_there(cls: type) -> None:
+def test_the_error_for_a_spline_option_points_to_the_spline(cls: type) -> None:
     with pytest.raises(TypeError, match=r"'num_bins': use univariate=Spline\(num_bins=6\)\.$"):
         built(cls, num_bins=6)
 
@@ -190,7 +190,7 @@ def test_forwarded_options_are_part_of_the_architecture(
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
-def test_the_options_of_a_class_from_elsewhere_are_recorded_by_name(tmp_path: Path) -> None:
+def test_the_options_of_a_user_defined_class_are_recorded_by_name(tmp_path: Path) -> None:
     class Deep(MAF):
         def __init__(self, input_dim: int, **options: Any) -> None:
             super().__init__(input_dim, num_layers=9, **options)

@@ -15,7 +15,7 @@ from pyro_maf.infer.diagnosis.pareto import fit_pareto, smoothed_log_weights
 
 @pytest.mark.parametrize("size", [100, 784, 4096])
 @pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 5.0])
-def test_it_agrees_with_arviz(size: int, spread: float) -> None:
+def test_smoothed_weights_agree_with_arviz(size: int, spread: float) -> None:
     """For sample sizes with a whole tail length, which arviz rounds up and from version 1 on down."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

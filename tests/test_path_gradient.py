@@ -86,7 +86,7 @@ def differ_by_the_score(model: Any, guide: Any, particles: int = 3) -> None:
 
 
 @pytest.mark.parametrize("make", [*GUIDES, AutoMultivariateNormal, AutoNormal])
-def test_gradients_differ_from_the_usual_ones_by_the_score_alone(make: Any) -> None:
+def test_gradients_differ_from_the_usual_ones_by_the_score(make: Any) -> None:
     known = regression()
     guide = make(known.model, **SMALL) if make in GUIDES else make(known.model)
     guide()

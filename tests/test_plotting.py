@@ -61,14 +61,14 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_every_picture_shows_itself_in_a_notebook_without_pyplot(name):
+def test_every_figure_is_displayed_in_a_notebook_without_pyplot(name):
     formatter = PNGFormatter()
     picture = formatter(PICTURES[name]())
     assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_every_picture_can_be_written_and_has_its_title(name, tmp_path):
+def test_every_figure_can_be_saved_and_has_its_title(name, tmp_path):
     figure = PICTURES[name]()
     assert isinstance(figure, Figure)
     assert figure.get_suptitle() == "Toy"
@@ -100,7 +100,7 @@ def test_panels_go_on_in_a_second_row_without_empty_ones(rows):
     assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 3)
 
 
-def test_noise_draws_what_the_flow_pulls_the_standardised_data_to(rows):
+def test_noise_plots_the_standardised_datas_noise(rows):
     flow = randomised(MAF(3, num_layers=2, hidden_dims=[8]))
     loc, scale = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
     prior = FlowPrior(flow, loc=loc.double(), scale=scale.double())
@@ -117,7 +117,7 @@ def test_noise_draws_what_the_flow_pulls_the_standardised_data_to(rows):
     [MADEMoG(3, hidden_dims=[8], num_components=3), MAFMoG(3, num_layers=2, hidden_dims=[8], num_components=3)],
     ids=["MADEMoG", "MAFMoG"],
 )
-def test_the_noise_of_a_mixture_has_the_density_that_its_jacobian_says(model):
+def test_the_noise_of_a_mixture_agrees_with_its_jacobian(model):
     # log p(y) = log N(u; 0, I) + log |det du/dy| holds only for the noise u of y.
     model = randomised(model)
     y = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_data_are_drawn_over_samples_and_the_larger_the_fewer_they_are(rows):
     assert tuple(data.get_facecolor()[0][:3]) != tuple(samples.get_facecolor()[0][:3])
 
 
-def test_panels_are_as_many_abreast_as_asked_for(rows):
+def test_the_number_of_panels_per_row_can_be_set(rows):
     for draw in (plotting.pit, plotting.qq, lambda u, **options: plotting.marginals(u, u, **options)):
         assert draw(rows, columns=1).get_figwidth() < draw(rows, columns=2).get_figwidth() < draw(rows).get_figwidth()
     with pytest.raises(ValueError, match="columns of at least 1, got 0"):
@@ -262,7 +262,7 @@ def test_pit_bars_are_uniform_for_standard_normal_noise_and_the_band_is_binomial
     assert (band.y1 - band.y0) / 2 == pytest.approx(2 * math.sqrt(1000 * 0.05 * 0.95) / 50)
 
 
-def test_the_bars_of_standard_normal_noise_leave_the_band_as_often_as_it_says():
+def test_the_band_of_pit_has_its_nominal_coverage():
     u = torch.randn(2000, 20, generator=torch.Generator().manual_seed(0))
     figure = plotting.pit(u)
     band = band_of(figure)
@@ -282,7 +282,7 @@ def test_qq_draws_sorted_noise_against_the_quantiles_that_belong_there(rows):
         assert len(normal) <= 200
 
 
-def test_the_band_of_qq_holds_standard_normal_noise_as_often_as_it_says():
+def test_the_band_of_qq_has_its_nominal_coverage():
     u = torch.randn(2000, 20, generator=torch.Generator().manual_seed(0))
     inside = total = 0
     for axes in plotting.qq(u).axes:
@@ -347,7 +347,7 @@ def test_log_densities_share_their_bins_and_leave_out_what_is_not_finite():
         (lambda: plotting.pairs(torch.zeros(5, 2), torch.zeros(5, 2), names=["a"]), ValueError, r"2 names.*got 1"),
     ],
 )
-def test_bad_arguments_are_refused_in_words(call, error, words):
+def test_bad_arguments_are_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
 

@@ -129,7 +129,7 @@ def test_is_a_transformed_distribution_through_the_map_that_pyro_uses(support: A
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_support
-def test_draws_are_strictly_inside_however_far_out(support: Any, dtype: torch.dtype) -> None:
+def test_extreme_draws_are_strictly_inside_the_support(support: Any, dtype: torch.dtype) -> None:
     prior = prior_on(support, scale=torch.full((3,), 1e4)).to(dtype)
     y = prior.sample((500,))
     assert y.dtype == dtype
@@ -539,7 +539,7 @@ def test_fit_refuses_data_that_is_not_inside(support: Any, data: Any, message: s
         (lambda d: fit_prior(d, seed=-1), "expected seed of at least 0, got -1"),
     ],
 )
-def test_fit_says_what_does_not_fit(call: Callable[[Tensor], Any], message: str) -> None:
+def test_fit_refuses_inconsistent_arguments(call: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(rows_on("positive"))
 
@@ -643,7 +643,7 @@ def test_svi_in_a_plate_with_an_autoguide(support: Any) -> None:
     assert prior.support.check(guide()["y"]).all()
 
 
-def test_frozen_it_stays_and_unfrozen_it_trains() -> None:
+def test_a_frozen_prior_stays_and_an_unfrozen_one_trains() -> None:
     """Empirical Bayes: with `pyro.module`, an unfrozen prior is fitted to the data."""
     data = 5 + torch.randn(50, 2)
     prior = fit_prior(torch.randn(200, 2), MAF(2, num_layers=1, **SMALL), **QUICK)

@@ -170,7 +170,7 @@ def test_affine_layers_are_never_stale(inverse: bool) -> None:
 
 
 @pytest.mark.parametrize("way", ["hook", "parametrization", "frozen", "gradient of a buffer"])
-def test_affine_layers_of_a_users_own_are_kept_to(way: str) -> None:
+def test_user_defined_affine_layers_are_called(way: str) -> None:
     flow: Any = Stack([MAF(4, num_layers=2, hidden_dims=[8]), ActNorm(4), BatchNorm(4)]).eval()
     if way == "hook":
         prune.l1_unstructured(flow[1], "log_scale", 2)
@@ -240,7 +240,7 @@ def test_tensors_of_any_layout_are_read() -> None:
     assert all(map(torch.allclose, (*found[:2], *found[2]), (*wanted[:2], *wanted[2])))
 
 
-def test_a_mask_of_a_users_own_is_kept_to() -> None:
+def test_a_user_defined_mask_is_respected() -> None:
     layer = MaskedAutoregressive(4, hidden_dims=[6], activation="tanh").double()
     v = torch.randn(9, 4, dtype=double)
     nn.init.normal_(layer.made.last_layer.weight)
@@ -276,7 +276,7 @@ def test_a_program_follows_a_change_of_its_layers() -> None:
     assert_fresh()
 
 
-def test_programs_go_with_their_flows() -> None:
+def test_programs_are_freed_with_their_flows() -> None:
     flow = MAF(3, num_layers=2, hidden_dims=[8])
     with torch.no_grad():
         flow.inverse_and_log_det(torch.randn(4, 3))
@@ -308,7 +308,7 @@ def test_layers_that_do_not_fit_together_are_refused() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("points", [2, 30])
-def test_what_is_not_finite_stays_in_its_row(points: int, bad: float) -> None:
+def test_non_finite_values_stay_in_their_row(points: int, bad: float) -> None:
     flow = build("RealNVP", SMALL, torch.float32, "cpu")
     v = torch.randn(points, 4)
     wanted = flow.inverse_and_log_det(v)[0].detach()  # type: ignore[operator]
@@ -322,7 +322,7 @@ def test_what_is_not_finite_stays_in_its_row(points: int, bad: float) -> None:
 
 
 @given(parts=st.integers(2, 5), points=st.integers(1, 700))
-def test_threads_share_the_points_out(parts: int, points: int) -> None:
+def test_points_are_divided_among_threads(parts: int, points: int) -> None:
     flow: Any = build("RealNVP", SMALL, double, "cpu")
     v = torch.randn(points, 4, dtype=double, requires_grad=True)
     tensors = [v, *flow.parameters()]
@@ -425,7 +425,7 @@ def test_a_log_density_follows_a_change_of_its_flow(change: str) -> None:
     assert change == "hook" or not torch.allclose(found, before)
 
 
-def test_torch_has_its_threads_back() -> None:
+def test_the_number_of_torch_threads_is_restored() -> None:
     prior = FlowPrior(MAF(4, num_layers=2, hidden_dims=[8]))
     before = torch.get_num_threads()
     torch.set_num_threads(3)

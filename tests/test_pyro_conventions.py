@@ -77,7 +77,7 @@ def transformed(flow: Any, *batch: int) -> Any:
 
 @every_transform
 @either_way
-def test_says_what_it_is(name: str, inverted: bool) -> None:
+def test_attributes_are_those_of_a_transform(name: str, inverted: bool) -> None:
     flow = bound(name, inverted=inverted)
     assert isinstance(flow, dist.TransformModule)
     assert (flow.domain, flow.codomain) == (constraints.real_vector, constraints.real_vector)
@@ -189,7 +189,7 @@ def test_reparameterized_sample_and_its_score(name: str) -> None:
 
 
 @either_way
-def test_among_the_transforms_of_pyro(inverted: bool) -> None:
+def test_composes_with_pyros_transforms(inverted: bool) -> None:
     """Between elementwise transforms, log-determinants add up, and the support is that of the last."""
     flow = bound("MAF", inverted=inverted)
     before = pyro_transforms.AffineTransform(1.0, 2.0)
@@ -392,7 +392,7 @@ def test_an_amortized_guide_on_subsampled_rows() -> None:
     ids=lambda elbo: type(elbo).__name__,
 )
 @either_way
-def test_every_objective_takes_it_as_prior_and_guide(elbo: Any, inverted: bool) -> None:
+def test_every_objective_supports_a_flow_as_prior_and_guide(elbo: Any, inverted: bool) -> None:
     prior = transformed(bound("MAF", inverted=inverted))
     flow = bound("IAF", inverted=inverted)
 

@@ -51,7 +51,7 @@ def test_score_of_a_sample_follows_the_parameters() -> None:
     torch.testing.assert_close(density.log_prob(y), density.log_prob(y.clone()), rtol=1e-9, atol=1e-9)
 
 
-def test_trains_on_one_tensor_over_and_over() -> None:
+def test_trains_on_the_same_tensor_repeatedly() -> None:
     """Pyro's cache returns a result of the previous step, whose graph is freed, so the second backward fails."""
     flow = shaken(autoregressive(3).double())
     data = 1 + 0.5 * torch.randn(50, 3, dtype=torch.float64)

@@ -131,7 +131,7 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_recorded_is_refused(function: Callable[[Tensor], Tensor]) -> None:
+def test_functions_that_cannot_be_recorded_are_refused(function: Callable[[Tensor], Tensor]) -> None:
     assert record(function, torch.ones(5, 2), []) is None
 
 
@@ -246,7 +246,7 @@ def test_steps_of_a_plain_model_are_recorded(monkeypatch: pytest.MonkeyPatch, pl
     assert runs_of_steps() >= 90
 
 
-def test_a_model_whose_density_comes_to_change_is_run_at_each_step_from_then_on() -> None:
+def test_a_model_whose_density_changes_is_run_in_each_later_step() -> None:
     """A comparison detects changes that neither the code nor torch's operations show."""
     shift, runs = np.zeros(1), []
 

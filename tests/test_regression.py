@@ -34,7 +34,7 @@ def of_columns(model: torch.nn.Module) -> LowerTriangularAffine:
 
 
 @given(st.integers(2, 6), st.integers(0, 10**6))
-def test_of_correlated_normal_columns_it_is_the_factor_of_their_covariance(dim: int, seed: int) -> None:
+def test_for_correlated_normal_columns_it_is_the_covariance_factor(dim: int, seed: int) -> None:
     mixing = torch.eye(dim, dtype=torch.float64) / 2 + torch.ones(dim, dim, dtype=torch.float64).tril()
     rows = noise(500, dim, seed=seed) @ mixing.T / dim
     rows = (rows - rows.mean(0)) / rows.std(0)
@@ -84,7 +84,7 @@ def test_a_fit_starts_as_the_normal_distribution_of_its_columns() -> None:
     assert float(result.score(new).mean()) == pytest.approx(-entropy, abs=0.05)
 
 
-def test_a_linear_layer_that_was_trained_is_not_begun_anew() -> None:
+def test_a_trained_linear_layer_is_not_reinitialised() -> None:
     model = MAF(3, num_layers=1, hidden_dims=[8], linear=True)
     factor = torch.eye(3) + torch.ones(3, 3).tril(-1) / 4
     model.become_linear(torch.zeros(3), factor, torch.zeros(3, 0))
@@ -113,7 +113,7 @@ def test_given_a_context_it_is_the_regression_on_it(dim: int, context_dim: int, 
     torch.testing.assert_close(factor, mixing / 10, rtol=0, atol=0.1)
 
 
-def test_a_context_that_tells_nothing_is_left_out() -> None:
+def test_an_uninformative_context_is_left_out() -> None:
     _, factor, slopes = triangular_regression(noise(400, 2), noise(400, 3, seed=1))
     assert torch.equal(slopes, torch.zeros(2, 3).double())
     assert torch.equal(factor, torch.eye(2).double())
@@ -129,7 +129,7 @@ def test_with_nearly_as_many_features_as_rows_the_scale_is_that_of_new_rows() ->
 
 @pytest.mark.parametrize("rows", [100, 500])  # starts as a mixture, or with a linear layer
 @pytest.mark.parametrize("features", [2, 20])
-def test_a_column_that_is_linear_in_its_context_is_at_once(rows: int, features: int) -> None:
+def test_a_column_that_is_linear_in_its_context_is_fitted_at_once(rows: int, features: int) -> None:
     context, new = noise(rows, features), noise(2000, features, seed=1)
     slopes = torch.linspace(-1, 1, features).double()[:, None]
     result = fit(context @ slopes + noise(rows, 1, seed=2) / 5, context=context, max_epochs=1, progress=False)

@@ -114,7 +114,7 @@ def report(drawn, monkeypatch):
     return drawn
 
 
-def test_the_page_needs_no_other_file_and_each_picture_is_told_in_words(drawn):
+def test_the_page_is_self_contained_and_figures_have_alternative_texts(drawn):
     page = drawn(standard(), normal(300))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe"})
     assert "url(" not in page.html
@@ -139,7 +139,7 @@ def test_the_headline_has_the_figures_of_the_fit_and_of_the_rows(report):
     assert "float32" in page.text
 
 
-def test_a_density_that_is_right_has_nothing_said_against_it(report):
+def test_a_correct_density_is_not_criticised(report):
     page = report(standard(3), normal(2000, 3))
     assert "Nothing in these rows speaks against the model" in page.text
 
@@ -153,14 +153,14 @@ def test_a_density_that_is_right_has_nothing_said_against_it(report):
         (1.0, 0.5, "lie below where"),
     ],
 )
-def test_a_density_that_is_wrong_is_told_in_which_way(report, scale, shift, words):
+def test_the_kind_of_error_of_a_wrong_density_is_reported(report, scale, shift, words):
     density = standard(1, scale=torch.tensor([scale]), loc=torch.tensor([shift]))
     page = report(density, by_name(normal(2000, 1), ["height"]))
     assert "Chance does not account" in page.text
     assert re.search(rf"that of height, where .*{words}", page.text)
 
 
-def test_dependence_that_no_dimension_shows_is_seen_by_the_radius(report):
+def test_dependence_between_dimensions_is_detected_by_the_radius(report):
     first = normal(2000, 1)
     page = report(standard(2), torch.cat([first, first], 1))
     assert "that of |u|²" in page.text
@@ -289,7 +289,7 @@ def test_the_rows_that_were_held_out_are_called_so_and_scored_once(tmp_path, pla
     assert "Validation in the fit" in Page(tmp_path / "report.html").text
 
 
-def test_no_more_panels_lie_side_by_side_than_fit_on_a_telephone(drawn):
+def test_panels_per_row_are_limited_for_small_screens(drawn):
     page = drawn(standard(4), normal(300, 4))
     assert "min-width" not in page.html.replace("@media", "")
     assert not re.search(r"img[^}]*max-width: \d+rem", page.html)
@@ -308,7 +308,7 @@ def test_a_conditional_report_has_the_context_of_the_lowest_rows(report):
     assert row[-1] == f"{normal(50, 2, 1)[int(row[0]) - 1, 1]:.4g}"
 
 
-def test_what_users_name_can_not_become_part_of_the_page(drawn):
+def test_names_are_escaped(drawn):
     bad = ["<script>alert(1)</script>", '"><img onerror=x> $a^{$ \x00']
     page = drawn(standard(), by_name(normal(60), bad), command="fit </code><script>x</script> && echo $HOME")
     assert {tag for tag, _ in page.tags}.isdisjoint({"script"})
@@ -318,7 +318,7 @@ def test_what_users_name_can_not_become_part_of_the_page(drawn):
         assert all(not element.tag.endswith("script") for element in ElementTree.fromstring(picture).iter())
 
 
-def test_names_that_the_font_of_the_pictures_has_not_are_left_to_the_browser(drawn):
+def test_names_with_glyphs_missing_in_the_font_are_rendered_by_the_browser(drawn):
     page = drawn(standard(), by_name(normal(60), ["身長", "体重 $kg$"]))
     assert sum("身長" in picture and "体重 $kg$" in picture for picture in page.pictures()) == 4
 
@@ -458,9 +458,7 @@ CONDITIONAL = ConditionalFlowPrior(ConditionalMAF(2, 1, **SMALL))
         (MAF(2, **SMALL), normal(5), {}, TypeError, r"what fit returned"),
     ],
 )
-def test_what_can_not_be_reported_is_refused_in_words_and_what_was_there_stays(
-    tmp_path, density, data, options, error, words
-):
+def test_errors_leave_an_existing_report_in_place(tmp_path, density, data, options, error, words):
     path = tmp_path / "report.html"
     path.write_text("the last report")
     with pytest.raises(error, match=words):
@@ -469,7 +467,7 @@ def test_what_can_not_be_reported_is_refused_in_words_and_what_was_there_stays(
     assert path.read_text() == "the last report"
 
 
-def test_a_bar_is_shown_where_it_is_asked_for(report, capfd):
+def test_a_bar_is_shown_on_request(report, capfd):
     report(standard(), normal(40))
     assert capfd.readouterr().err == ""
     report(standard(), normal(40), progress="always")

@@ -204,7 +204,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("ask", "message"), BAD.values(), ids=BAD.keys())
-def test_what_does_not_fit_is_said(result: Any, given: Any, ask: Callable[..., Any], message: str) -> None:
+def test_inconsistent_rows_are_refused(result: Any, given: Any, ask: Callable[..., Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         ask(result, given)
 
@@ -331,7 +331,7 @@ def test_the_advice_of_other_densities_and_flows_works() -> None:
         density.log_prob(eval("".join(converted.groups()), {"torch": torch, "value": value}))
 
 
-def test_a_layout_says_what_numbers_are_called() -> None:
+def test_a_layout_names_numbered_columns() -> None:
     table = {"m": torch.arange(12.0).reshape(2, 2, 3), "n": np.arange(2)}
     layout = Layout.of(table)
     assert layout.labels == [*(f"m[{i},{j}]" for i in range(2) for j in range(3)), "n"]

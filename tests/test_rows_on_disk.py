@@ -62,7 +62,7 @@ def numbers(batches: Any) -> list[list[int]]:
     return [batch.data[:, 0].long().tolist() for batch in batches]
 
 
-def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) -> None:
+def test_every_training_row_is_visited_once_per_pass(tmp_path: Path) -> None:
     rows, _ = numbered_rows(tmp_path)
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     held_out = set(rows.held_out.data[:, 0].long().tolist())
@@ -77,14 +77,14 @@ def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("more", [1, 2, 60])
-def test_a_few_rows_over_make_no_batch_of_their_own(more: int, tmp_path: Path) -> None:
+def test_a_small_remainder_is_not_a_batch(more: int, tmp_path: Path) -> None:
     rows, _ = numbered_rows(tmp_path, rows=64 * 6 * 2 + more)
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     assert batches.smallest > 50
     assert min(map(len, numbers(batches))) >= batches.smallest
 
 
-def test_rows_may_lie_in_any_way(tmp_path: Path) -> None:
+def test_rows_may_have_any_memory_layout(tmp_path: Path) -> None:
     table = gaussian_rows(ROWS).numpy()
     for number, laid_out in enumerate([table, np.asfortranarray(table), table.astype(">f8")]):
         for mode in ("r", "r+", "c"):
@@ -102,7 +102,7 @@ def test_numbers_of_any_kind_are_streamed(kind: Any, tmp_path: Path) -> None:
     assert np.array_equal(unsplit(rows).take(slice(128, 192)).data, table[128:192])
 
 
-def test_columns_with_names_are_no_table(tmp_path: Path) -> None:
+def test_structured_arrays_are_refused(tmp_path: Path) -> None:
     rows = np.zeros(ROWS, [("x", "f8"), ("y", "f8")])
     with pytest.raises(TypeError, match="expected data to be a tensor, array or data frame of numbers, got memmap"):
         fit(model(), mapped(tmp_path / "rows.npy", rows), **QUICK)
@@ -125,7 +125,7 @@ def test_rows_from_far_apart_share_a_batch(tmp_path: Path) -> None:
     assert sum(spread) / len(spread) > ROWS / 2
 
 
-def test_a_pass_is_taken_up_where_it_was(tmp_path: Path) -> None:
+def test_a_pass_is_resumed_where_it_was(tmp_path: Path) -> None:
     rows, _ = numbered_rows(tmp_path)
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     order = batches.order(0)
@@ -239,7 +239,7 @@ def test_a_context_is_streamed_with_its_data(tmp_path: Path) -> None:
     assert given == pytest.approx(apart.mean().item(), abs=0.05)
 
 
-def test_a_fit_to_a_mapped_file_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_fit_to_a_mapped_file_resumes_bit_for_bit(tmp_path: Path) -> None:
     table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS))
     whole = fit(model(), table, **QUICK)
     fit(model(), table, folder=tmp_path / "fit", **{**QUICK, "max_epochs": 1})
@@ -262,7 +262,7 @@ def test_batch_norm_takes_its_statistics_from_the_sample(tmp_path: Path) -> None
     assert not torch.equal(flow[0].mean, torch.zeros(2))
 
 
-def test_what_was_written_to_a_private_copy_stays(tmp_path: Path) -> None:
+def test_writes_to_a_private_copy_stay(tmp_path: Path) -> None:
     table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS), "c")
     table[:] = np.asarray(gaussian_rows(ROWS, seed=1))
     fit(model(), table, **QUICK)

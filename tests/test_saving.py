@@ -108,7 +108,7 @@ def header_of(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SAVABLE)
-def test_what_is_loaded_is_what_was_saved(name: str, dtype: torch.dtype, path: Path) -> None:
+def test_loading_restores_what_was_saved(name: str, dtype: torch.dtype, path: Path) -> None:
     module = drawn(SAVABLE[name]()).to(dtype).eval()
     module.save(str(path))
     torch.manual_seed(17)
@@ -133,7 +133,7 @@ def test_a_number_from_the_middle_of_a_table_is_saved(path: Path) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["MAF", "an inverse", "ConditionalFlow", "FlowPrior of a density"])
-def test_modes_are_kept(name: str, training: bool, path: Path) -> None:
+def test_training_modes_are_restored(name: str, training: bool, path: Path) -> None:
     module = SAVABLE[name]()
     getattr(module, "flow", module).train(training)
     frozen = next((member for member in module.modules() if isinstance(member, BatchNorm)), module)
@@ -142,7 +142,7 @@ def test_modes_are_kept(name: str, training: bool, path: Path) -> None:
     assert [member.training for member in pyro_maf.load(path).modules()] == [m.training for m in module.modules()]
 
 
-def test_a_layer_that_stands_twice_is_saved_twice(path: Path) -> None:
+def test_a_layer_that_occurs_twice_is_saved_twice(path: Path) -> None:
     layer = drawn(MAF(3, **DEEP))
     Stack([layer, layer]).save(path)
     again = pyro_maf.load(path)
@@ -179,7 +179,7 @@ def test_loading_knows_classes_that_a_program_derives(path: Path) -> None:
     assert type(pyro_maf.load(path)) is Quiet
 
 
-def test_a_class_of_the_same_name_takes_no_ones_place(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_the_same_name_does_not_replace_another(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyro_maf.saving._classes", dict(pyro_maf.saving._classes))
     impostor = type("MAF", (MAF,), {"__module__": "elsewhere"})
     assert type(pyro_maf.load(saved)) is MAF
@@ -191,7 +191,7 @@ def test_a_class_of_the_same_name_takes_no_ones_place(saved: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])
-def test_a_write_that_fails_leaves_what_was_there(broken: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(broken: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
 
     def fail(*_: Any) -> None:
@@ -223,7 +223,7 @@ def test_saving_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("around", [lambda flow: flow, lambda flow: Stack([Stack([flow]).inv]), FlowPrior])
 @pytest.mark.parametrize("make", [ConditionalMAF, ConditionalMADEMoG])
-def test_what_holds_a_context_is_not_saved(make: Any, around: Callable[[Any], Any], path: Path) -> None:
+def test_a_flow_conditioned_on_a_context_is_not_saved(make: Any, around: Callable[[Any], Any], path: Path) -> None:
     conditioned = make(3, 2, **TINY).condition(torch.zeros(4, 2))
     if make is ConditionalMADEMoG and around is not FlowPrior:
         around = torch.nn.Identity()
@@ -244,6 +244,6 @@ def test_an_argument_that_json_does_not_hold_is_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [3, None, ["flow.safetensors"]])
-def test_load_refuses_what_is_no_path(path: object) -> None:
+def test_load_refuses_invalid_paths(path: object) -> None:
     with pytest.raises(TypeError, match="load expected the path of a file, got"):
         pyro_maf.load(path)  # type: ignore[arg-type]

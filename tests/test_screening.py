@@ -58,7 +58,7 @@ def quick(model: Any, *arguments: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("rows", [50, 500, 5000, 50_000])
-def test_tables_without_a_fault_are_passed_over(rows: int) -> None:
+def test_tables_without_defects_cause_no_warning(rows: int) -> None:
     for seed in range(10 if rows < 5000 else 2):
         random = np.random.default_rng(seed)
         table = np.stack([draw(random, rows) for draw in SHAPES.values()], 1)
@@ -67,7 +67,7 @@ def test_tables_without_a_fault_are_passed_over(rows: int) -> None:
 
 
 @pytest.mark.parametrize("load", [datasets.load_iris, datasets.load_wine, datasets.load_breast_cancer])
-def test_small_tables_of_the_world_are_passed_over(load: Callable[[], Any]) -> None:
+def test_small_real_tables_cause_no_warning(load: Callable[[], Any]) -> None:
     assert screened(load().data) == []
 
 

@@ -88,12 +88,12 @@ def bound_alone(model: Any, guide: Any) -> float:
 
 
 @pytest.mark.parametrize(("make", "expected"), [(years, 31.8), (unscaled, -96.5)])
-def test_a_matrix_product_with_float32_data_is_ascended_in_float64_all_the_same(make: Any, expected: float) -> None:
+def test_a_matrix_product_with_float32_data_is_computed_in_float64(make: Any, expected: float) -> None:
     model = make(batched=False)
     assert bound_alone(model, AutoIAF(model, **SMALL).setup()) == pytest.approx(expected, abs=2.0)
 
 
-def test_a_model_that_is_run_alone_is_run_some_hundreds_of_times() -> None:
+def test_a_model_run_for_each_draw_is_run_a_few_hundred_times() -> None:
     runs = []
     model = unscaled(batched=False)
 
@@ -123,7 +123,7 @@ def test_a_model_run_for_each_draw_starts_from_the_dominant_mode() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_hierarchy_starts_where_its_scale_is_neither_lost_nor_left(seed: int) -> None:
+def test_a_hierarchy_starts_with_a_scale_of_high_posterior_probability(seed: int) -> None:
     """A normal by the curvature at the mode, in the neck of the funnel, is some hundred nats worse."""
     y = 1 + 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(1))
 
@@ -155,7 +155,7 @@ def a_tone() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_of_several_modes_the_one_that_matters_is_started_from(seed: int) -> None:
+def test_the_start_is_at_the_dominant_mode(seed: int) -> None:
     pyro.set_rng_seed(seed)
     guide = AutoIAF(a_tone, **SMALL).setup()
     assert float(guide.median()["frequency"]) == pytest.approx(0.45, abs=0.02)
@@ -176,7 +176,7 @@ def test_a_funnel_starts_in_the_bulk_of_its_probability(seed: int) -> None:
 # -- float64 -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_computed_from_float64_latents_and_float32_data_is_float64() -> None:
+def test_results_of_float64_latents_and_float32_data_are_float64() -> None:
     x, number = torch.randn(5, 3), torch.tensor(1 / 3)
     dtypes = []
 
@@ -195,7 +195,7 @@ def test_what_is_computed_from_float64_latents_and_float32_data_is_float64() -> 
     assert wide(torch.stack([loc, loc]).double()).dtype == torch.float64
 
 
-def test_what_writes_into_a_tensor_still_does() -> None:
+def test_in_place_writes_work_in_float64() -> None:
     def score(rows: Tensor) -> Tensor:
         total = torch.zeros(len(rows))
         total.add_(rows.sum(1).float())
@@ -219,7 +219,7 @@ def other(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("score", [refuses, other])
-def test_where_float64_fails_the_latents_own_dtype_serves(score: Any) -> None:
+def test_if_float64_fails_the_latents_dtype_is_used(score: Any) -> None:
     assert in_double(score, torch.zeros(3)) is None
     found = best_normal(score, torch.zeros(3))
     assert found.loc.dtype == torch.float32
@@ -227,7 +227,7 @@ def test_where_float64_fails_the_latents_own_dtype_serves(score: Any) -> None:
     torch.testing.assert_close(found.scale_tril, torch.eye(3), atol=1e-3, rtol=0)
 
 
-def test_a_device_without_float64_is_left_its_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_float64_keeps_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnSuchADevice(Tensor):
         def double(self, *args: Any, **kwargs: Any) -> Tensor:
             raise TypeError("this device has no float64")
@@ -245,7 +245,7 @@ def test_a_device_without_float64_is_left_its_own_numbers(monkeypatch: pytest.Mo
     torch.testing.assert_close(loc.double(), known.mean, atol=1e-2, rtol=1e-2)
 
 
-def test_a_normal_that_float32_can_not_hold_is_not_used() -> None:
+def test_a_normal_that_float32_cannot_hold_is_not_used() -> None:
     """Its location lies between two float32 numbers, further from either than the posterior's width."""
 
     def score(rows: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_a_normal_that_float32_can_not_hold_is_not_used() -> None:
     assert bool(score(draws).isfinite().all())
 
 
-def test_a_draw_that_fails_in_float32_alone_is_no_reason_to_do_without_float64() -> None:
+def test_a_draw_that_fails_only_in_float32_does_not_rule_out_float64() -> None:
     """Such as by a Cholesky factorisation; rounding in float32 also moves the mode."""
 
     def score(rows: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def test_an_ascent_does_not_climb_rounding(start: float) -> None:
     assert float((normal.scale_tril - torch.eye(2)).abs().max()) < 0.1
 
 
-def test_weights_that_are_rounding_are_none() -> None:
+def test_weights_due_to_rounding_are_ignored() -> None:
     points = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-5.0, 0.0], [2.0, 0.5], [-8.0, 1.0]], dtype=torch.float64)
     far = points[:, 0] < -4.0
     log_densities = scored(lambda points: rounding_far_out(points).abs(), points, -points.square().sum(1) / 2)

@@ -137,7 +137,7 @@ def guide_of(model: Callable[..., Any], seed: int = 0, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sites_are_found_by_themselves(name: str) -> None:
+def test_sites_are_detected_automatically(name: str) -> None:
     model, names = MODELS[name]
     assert guide_of(model, init_scale=0.1).coordinates.names == names
 
@@ -183,7 +183,7 @@ def test_the_density_is_that_of_the_draws(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_many_draws_are_those_of_one_run_each(name: str) -> None:
+def test_many_draws_equal_single_runs(name: str) -> None:
     model, _ = MODELS[name]
     guide = guide_of(model, init_scale=0.1)
     noise = torch.randn(2, 3, guide.latent_dim)
@@ -213,7 +213,7 @@ def test_a_model_that_does_not_broadcast_has_the_coordinates_of_one_that_does() 
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_a_prior_that_writes_into_tensors_has_those_of_each_draw() -> None:
+def test_a_prior_that_writes_into_tensors_has_the_coordinates_of_each_draw() -> None:
     def model() -> None:
         tau = pyro.sample("tau", dist.HalfNormal(1.0).expand([2]).to_event(1))
         scale = torch.zeros(2)
@@ -412,7 +412,7 @@ def test_a_centred_funnel_is_exact() -> None:
     assert diagnose(funnel, fit.guide, num_samples=1000).ess > 950
 
 
-def test_collapsed_scales_have_no_bound_without_limit() -> None:
+def test_collapsed_scales_have_a_finite_bound() -> None:
     guide = guide_of(hierarchy, init_scale=0.1)
     with torch.no_grad():
         guide.coordinates.degree.fill_(1 - 1e-6)  # so that v is many scales from its mean
@@ -497,7 +497,7 @@ def test_masked_entries_stay_out() -> None:
     assert bool(values["z"][1] == guide.latents.values["z"][1])
 
 
-def test_what_is_normal_given_the_rest_stays_out_of_the_flow() -> None:
+def test_sites_that_are_conditionally_normal_stay_out_of_the_flow() -> None:
     """Each rate of a hierarchy with normal data is; none is with counts or under a Laplace prior."""
 
     def model(family: Callable[..., Any], likelihood: Callable[[Tensor], Any]) -> None:

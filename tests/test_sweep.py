@@ -132,7 +132,7 @@ def test_networks_of_many_units_agree_with_torch(order: str, direction: Any) -> 
 @needs_kernels
 @pytest.mark.parametrize("points", [3, 30])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_passes_through(bad: float, points: int) -> None:
+def test_non_finite_values_pass_through(bad: float, points: int) -> None:
     a = Architecture(5, 1, 1, [16, 16], "relu", "random", 0)
     flow = build("MaskedAutoregressive", a, torch.float32, "cpu")
     v = torch.randn(points, 5)
@@ -194,7 +194,7 @@ def test_a_weight_computed_from_others_is_never_stale() -> None:
 @needs_kernels
 @settings(max_examples=5)
 @given(parts=st.integers(2, 5), points=st.integers(1, 400))
-def test_threads_share_the_points_out(parts: int, points: int) -> None:
+def test_points_are_divided_among_threads(parts: int, points: int) -> None:
     a = Architecture(5, 1, 1, [16, 16], "silu", "random", 0)
     flow = build("MaskedAutoregressive", a, torch.float64, "cpu")
     v = torch.randn(points, 5, dtype=torch.float64, requires_grad=True)
@@ -236,7 +236,9 @@ def test_several_callers_at_once() -> None:
 
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("parallel", [True, False])
-def test_parts_are_taken_by_the_threads_there_are(alone: bool, parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_divided_among_available_threads(
+    alone: bool, parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(threads, "LEAST_WORK", 1)
     if not parallel:
         monkeypatch.setattr(threads, "_parallel", lambda: None)
@@ -359,14 +361,14 @@ def test_the_environment_can_ask_for_torch(run: Run) -> None:
     assert messages == ""
 
 
-def test_without_numba_torch_answers_with_one_warning(run: Run) -> None:
+def test_without_numba_torch_is_used_with_one_warning(run: Run) -> None:
     hidden = "import sys; sys.modules['numba'] = None\n"
     _, messages = run(hidden + SAMPLE + "with torch.no_grad(): pyro_maf.MAF(2)(torch.zeros(3, 2))")
     assert messages.count("RuntimeWarning") == 1
     assert "slower" in messages
 
 
-def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning(run: Run) -> None:
+def test_without_a_folder_for_compiled_code_torch_is_used_with_one_warning(run: Run) -> None:
     unwritable = (
         "from numba.core import caching\n"
         "for locator in (caching.CacheImpl._locator_classes):\n"
@@ -377,7 +379,7 @@ def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning(run: 
     assert "cannot be compiled" in messages
 
 
-def test_without_compilation_torch_answers_with_one_warning(run: Run) -> None:
+def test_without_compilation_torch_is_used_with_one_warning(run: Run) -> None:
     _, messages = run(SAMPLE, NUMBA_DISABLE_JIT="1")
     assert messages.count("RuntimeWarning") == 1
     assert "cannot be compiled" in messages

@@ -161,7 +161,7 @@ def test_context_is_read_with_a_column_for_each_category(tmp_path: Path, write: 
 
 
 @pytest.mark.parametrize("write", [write_csv, write_parquet])
-def test_numbers_become_categories_where_they_are_said_to_be_labels(tmp_path: Path, write: Any) -> None:
+def test_numbers_become_categories_if_declared_as_labels(tmp_path: Path, write: Any) -> None:
     given = pd.DataFrame({"x": np.arange(6.0), "label": [10, 2, 2, 1, 10, 1]})
     table = read_table(write(tmp_path / "table", given), context=["label"], categories=["label"])
     assert table.context_names == ("label=1", "label=2", "label=10")
@@ -548,7 +548,7 @@ WRONG_TEXT = {
 
 
 @pytest.mark.parametrize(("content", "options", "message"), WRONG_TEXT.values(), ids=WRONG_TEXT.keys())
-def test_what_is_wrong_is_said_in_one_line(content: str, options: dict[str, Any], message: str) -> None:
+def test_errors_are_one_line(content: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_table(text(content), **options)
     assert "\n" not in str(caught.value)
@@ -732,7 +732,7 @@ def test_dates_and_times_are_refused_with_what_to_do(moment: str) -> None:
     assert len(labels.context_names) == 2
 
 
-def test_thousands_of_columns_hold_what_few_do() -> None:
+def test_tables_with_thousands_of_columns_are_read() -> None:
     rows = np.random.default_rng(0).normal(size=(20, 300)).astype(np.float32)
     content = "\n".join([",".join(f"c{i}" for i in range(300)), *(",".join(map(str, row)) for row in rows.tolist())])
     assert np.array_equal(read_table(text(content)).data, rows)
@@ -784,7 +784,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path, conte
     ],
     ids=["text", "truth values", "null", "nan", "times", "lists"],
 )
-def test_what_is_wrong_with_a_column_of_parquet_is_said(tmp_path: Path, column: Any, message: str) -> None:
+def test_errors_of_parquet_columns_name_the_column(tmp_path: Path, column: Any, message: str) -> None:
     pq.write_table(pa.table({"a": [1.0, 2.0], "b": column}), tmp_path / "table.parquet")
     with pytest.raises(ValueError, match=re.escape(message)):
         read_table(tmp_path / "table.parquet")
@@ -871,7 +871,7 @@ def test_parquet_of_every_type_is_read_or_refused_in_one_line_whatever_is_asked(
         assert line == "" or (line.startswith("read_table ") and line.isprintable())
 
 
-def test_names_and_cells_can_not_move_a_terminals_cursor_or_fill_it(tmp_path: Path) -> None:
+def test_names_and_cells_cannot_move_a_terminals_cursor_or_fill_it(tmp_path: Path) -> None:
     path = tmp_path / "a\x1b[2J.csv"
     for content in ("a,\x1b[31mb\n1,x\n", f"a,{'b' * 9999}\n1,x\n", f"a,b\n1,{'x' * 99999}\n", "a,b\n1,\x1b[31m\n"):
         path.write_text(content)
@@ -919,12 +919,12 @@ def test_other_formats_are_named_with_what_to_do(name: str, write: Callable[[Pat
         read_table(tmp_path / "table")
 
 
-def test_the_first_bytes_decide_and_not_the_ending(tmp_path: Path) -> None:
+def test_the_format_is_recognised_by_content_rather_than_suffix(tmp_path: Path) -> None:
     (tmp_path / "plain.csv.gz").write_bytes(b"a,b\n1,2\n")
     assert read_table(tmp_path / "plain.csv.gz").names == ("a", "b")
 
 
-def test_sources_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"read_table expected a file at .*none.csv, found nothing"):
         read_table(tmp_path / "none.csv")
     with pytest.raises(FileNotFoundError, match="found a folder"):

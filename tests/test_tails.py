@@ -28,7 +28,7 @@ def log_density(layer: Tails, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("freedom", "nats"), [(1.0, 0.02), (2.0, 4e-3), (3.0, 4e-3), (10.0, 4e-3)])
-def test_a_normal_variable_becomes_one_of_student(freedom: float, nats: float) -> None:
+def test_a_normal_variable_becomes_students_t(freedom: float, nats: float) -> None:
     layer = tails(1 / freedom, 1 / freedom)
     # Far out the log-density falls like Student's t, by 1 + freedom times log y.
     far = torch.tensor([1e4, 1e5], dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_is_exact_far_out_in_either_direction(weight: float, dtype: torch.dtype,
 
 
 @torch.no_grad()
-def test_the_map_goes_on_as_its_tangent() -> None:
+def test_the_map_continues_as_its_tangent() -> None:
     for layer in (tails(1.0, 1.0), tails(-1.0, -1.0)):
         edge = 8.0 if float(layer.free.detach()[0]) > 0 else math.sqrt(math.expm1(64))
         x = edge * torch.tensor([[1 - 1e-9], [1 + 1e-9], [2.0]], dtype=torch.float64)

@@ -136,7 +136,7 @@ def networks(size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["MADE", "MLP", "Head"])
-def test_a_step_of_adam_moves_a_wide_network_no_further(name: str) -> None:
+def test_a_step_of_adam_moves_a_wide_network_no_further_than_a_narrow_one(name: str) -> None:
     few, many = (moved_by_a_step(networks(size)[name], size) for size in (16, 128))
     assert many < 1.5 * few
     assert many > 0.2 * few

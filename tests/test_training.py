@@ -163,7 +163,7 @@ def test_parameters_that_are_frozen_stay() -> None:
     assert moved == {"1"}
 
 
-def test_gradients_of_before_are_not_added_and_none_are_left() -> None:
+def test_existing_gradients_are_not_added_and_none_remain() -> None:
     model, twin = small_maf(), small_maf()
     for weight in twin.parameters():
         weight.grad = torch.ones_like(weight)
@@ -209,7 +209,7 @@ def test_layers_of_users_are_in_eval_mode_while_they_are_validated() -> None:
     assert modes[-4:] == [True, True, True, False]
 
 
-def test_modes_that_nothing_heeds_are_not_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modes_without_effect_are_not_switched(monkeypatch: pytest.MonkeyPatch) -> None:
     model, modes = small_maf(), list[bool]()
     train = type(model[0]).train
     monkeypatch.setattr(type(model[0]), "train", lambda self, mode=True: modes.append(mode) or train(self, mode))
@@ -317,7 +317,7 @@ def test_a_fitted_density_can_be_copied_and_pickled() -> None:
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_ends_when_nothing_is_gained_any_more() -> None:
+def test_a_fit_ends_when_it_stops_improving() -> None:
     result = fit(small_maf(), gaussian_rows(), learning_rate=0.3, patience=4, batch_size=50, progress=False)
     assert result.stop_reason == "no better validation log-likelihood for 4 epochs"
     assert result.epochs == result.best_epoch + 4 < 1000
@@ -352,7 +352,7 @@ def test_the_weight_decay_falls_before_the_learning_rate() -> None:
     assert rates == [(1, 0.1), (1, 0.1), (1, 0.01), (1, 0.001), (0.5, 0.001)]
 
 
-def test_weights_that_are_the_best_already_are_given_back() -> None:
+def test_initial_weights_that_are_the_best_are_returned() -> None:
     model = small_maf()
     given = weights(model)
     result = fit(model, gaussian_rows(), validation=gaussian_rows(20) + 1e200, **QUICK)
@@ -388,7 +388,7 @@ def test_it_ends_when_no_step_is_finite() -> None:
     assert math.isfinite(result.validation_log_likelihood)
 
 
-def test_after_several_bad_steps_in_a_row_it_goes_on_from_the_best_weights_more_slowly() -> None:
+def test_after_several_failed_steps_it_continues_from_the_best_weights_at_a_lower_rate() -> None:
     taken: list[Tensor] = []
 
     def at_step(step: int, log_det: Tensor) -> Tensor:
@@ -485,7 +485,7 @@ def test_the_bar_is_not_for_a_pipe_that_is_to_be_coloured(monkeypatch: pytest.Mo
     assert not shows(True, pipe)
 
 
-def test_the_result_says_in_one_line_how_it_went() -> None:
+def test_the_result_has_a_one_line_summary() -> None:
     parts: dict[str, Any] = {"density": None, "train_loss": (3.0, 2.0), "validation_loss": (2.5, 2.25)}
     result = FitResult(
         **parts, best_epoch=2, validation_log_likelihood=-2.25, seconds=1.25, stop_reason="reached max_epochs (2)"
@@ -549,7 +549,7 @@ def test_torch_has_its_threads_in_a_fit_of_large_products(monkeypatch: pytest.Mo
     ],
     ids=["overfitting", "noise", "disturbance", "gains", "not a number"],
 )
-def test_a_fit_ends_where_only_training_rows_gain(
+def test_a_fit_ends_when_only_the_training_loss_improves(
     train: list[float], validation: list[float], ends: int | None
 ) -> None:
     history = [Epoch(0.0, *losses, 0.1, 0) for losses in zip(train, validation, strict=True)]

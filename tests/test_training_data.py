@@ -82,7 +82,7 @@ def test_an_array_that_may_not_be_written_to_is_read() -> None:
 
 
 @pytest.mark.parametrize("form", [lambda column: column, torch.from_numpy, pd.Series, list])
-def test_one_dimension_needs_no_second_axis(form: Callable[[Any], Any]) -> None:
+def test_one_dimensional_data_need_no_second_axis(form: Callable[[Any], Any]) -> None:
     def model() -> Any:
         return seeded(lambda: ConditionalMAF(1, 1, **SMALL).double())
 
@@ -166,7 +166,7 @@ def test_a_row_is_its_data_and_its_context() -> None:
     assert len(held_out.data) == 2 * len(held_out.data.unique()) == 50
 
 
-def test_zero_is_its_negative() -> None:
+def test_zero_equals_negative_zero() -> None:
     signs = torch.tensor([-1.0, 1.0]).repeat(50)[:, None]
     rows = torch.cat([0 * signs, (torch.arange(100.0) // 2)[:, None]], 1)
     _, held_out = Rows(rows, None).split(0.2, torch.Generator().manual_seed(0))[:2]
@@ -200,7 +200,7 @@ def test_rows_that_repeat_are_validated_with_as_fresh_rows_are(seed: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_validation_rows_that_are_training_rows_are_said(dtype: torch.dtype) -> None:
+def test_validation_rows_among_the_training_rows_cause_a_warning(dtype: torch.dtype) -> None:
     rows = torch.tensor(ROWS)
     half = torch.cat([rows[:100].to(dtype), torch.randn(100, rows.shape[1]).to(dtype)])
     with pytest.warns(UserWarning, match="fit found 100 of 200 validation rows among the training rows: the valid"):
@@ -424,7 +424,7 @@ def test_bad_data_is_refused(data: Any, error: type[Exception], message: str) ->
     assert same(weights(model), before)
 
 
-def test_values_that_the_dtype_of_the_model_can_not_hold_are_refused() -> None:
+def test_values_that_the_dtype_of_the_model_cannot_hold_are_refused() -> None:
     with pytest.warns(UserWarning, match=r"heavy tails in column 0 \(up to .* as 1e\+39\)"):
         fit(small_maf(), changed(3, 0, 1e39), **QUICK)
     with pytest.raises(ValueError, match=re.escape("got inf in row 3, column 0")):
@@ -541,7 +541,7 @@ def test_bad_options_are_refused(name: str, value: Any, error: type[Exception], 
         fit(small_maf(), ROWS, **{**QUICK, name: value})
 
 
-def test_the_gradient_need_not_be_cut_down() -> None:
+def test_gradient_clipping_can_be_disabled() -> None:
     assert fit(small_maf(), ROWS, max_grad_norm=math.inf, **QUICK).best_epoch > 0
 
 
@@ -578,7 +578,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("make", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS.keys())
-def test_models_that_can_not_be_fitted_are_refused(
+def test_models_that_cannot_be_fitted_are_refused(
     make: Callable[[], Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):

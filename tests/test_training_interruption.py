@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_raises_and_leaves_the_best() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_ends_a_fit_is_not_left_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_fit_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     restore = State.restore_best
 
     def pressed(state: State) -> None:

@@ -87,7 +87,7 @@ def test_a_step_is_that_of_autograd(flow: str, weighted: bool, support: str) -> 
         assert torch.allclose(part, gradient, rtol=tolerance, atol=tolerance * float(1 + gradient.norm()))
 
 
-def test_a_step_that_torch_takes_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_in_torch_has_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     density = FlowPrior(small())
     objective, batch = objective_of(density, Processes()), rows(density)
     *found, gradient = descent(objective, batch)
@@ -188,7 +188,7 @@ def test_validation_sees_the_averaged_weights() -> None:
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_a_step_of_adam_is_torchs(flow: str) -> None:
+def test_a_step_of_adam_is_that_of_torch(flow: str) -> None:
     density = FlowPrior(FLOWS[flow]())
     batches = [rows(density) for _ in range(3)]
     plain = MaximumLikelihood(copy.deepcopy(density), Processes())

@@ -90,7 +90,7 @@ def without_time(result: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("options", [{}, {"batch_norm": True}, {"order": "random"}], ids=["plain", "norm", "random"])
 @pytest.mark.parametrize("step", [1, 10, 14, 29])
-def test_an_interrupted_fit_goes_on_bit_for_bit(
+def test_an_interrupted_fit_resumes_bit_for_bit(
     step: int, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fit(flow(Pressed, **options), gaussian_rows(), **OPTIONS)
@@ -106,7 +106,7 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
 
 @pytest.mark.filterwarnings("ignore:fit found heavy tails:UserWarning")
 @pytest.mark.parametrize("make", [IAF, RealNVP, MAFMoG, lambda *a, **k: FlowPrior(MAF(*a, **k), support="positive")])
-def test_every_family_goes_on_bit_for_bit(make: Any, tmp_path: Path) -> None:
+def test_every_family_resumes_bit_for_bit(make: Any, tmp_path: Path) -> None:
     rows = gaussian_rows().exp()
     whole = fit(flow(make), rows, **OPTIONS)
     fit(flow(make), rows, folder=tmp_path, **{**OPTIONS, "max_epochs": 2})
@@ -162,7 +162,7 @@ def test_without_a_checkpoint_it_starts_afresh(tmp_path: Path) -> None:
     assert without_time(whole) == without_time(result)
 
 
-def test_a_fit_that_has_ended_is_given_back_at_once(tmp_path: Path) -> None:
+def test_a_completed_fit_is_returned_at_once(tmp_path: Path) -> None:
     options = {**OPTIONS, "max_epochs": 200, "patience": 2}
     ended = fit(flow(), gaussian_rows(60), folder=tmp_path, **options)
     before = (tmp_path / "log.csv").read_text()
@@ -173,7 +173,7 @@ def test_a_fit_that_has_ended_is_given_back_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "log.csv").read_text() == before
 
 
-def test_a_fit_that_could_not_go_on_is_given_back_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_that_cannot_continue_is_returned_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Broken, "steps", 0)
     options = {**OPTIONS, "batch_size": 68}  # 4 per epoch
     ended = fit(flow(Broken), gaussian_rows(), folder=tmp_path, **options)
@@ -182,7 +182,7 @@ def test_a_fit_that_could_not_go_on_is_given_back_at_once(tmp_path: Path, monkey
     assert repr(without_time(again)) == repr(without_time(ended))  # NaN is not equal to itself
 
 
-def test_more_patience_goes_on_where_it_had_run_out(tmp_path: Path) -> None:
+def test_more_patience_continues_a_stopped_fit(tmp_path: Path) -> None:
     options = {**OPTIONS, "max_epochs": 200}
     ended = fit(flow(), gaussian_rows(60), folder=tmp_path, patience=2, **options)
     again = fit(flow(), gaussian_rows(60), folder=tmp_path, patience=5, resume=True, **options)
@@ -243,7 +243,7 @@ def test_the_log_is_never_behind_the_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert max(behind) == 0
 
 
-def test_what_a_killed_fit_left_half_written_is_removed(tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_fit_are_removed(tmp_path: Path) -> None:
     names = ("checkpoint.safetensors", "log.csv", "model.safetensors")
     for name in (*names, "notes.txt"):
         (tmp_path / f".{name}.0123456789abcdef").write_text("half")
@@ -320,7 +320,7 @@ def test_a_fit_is_not_written_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["log.csv", "model.safetensors"])
 @pytest.mark.parametrize("resume", [True, False])
-def test_what_is_not_of_a_fit_that_can_go_on_is_not_written_over(name: str, resume: bool, tmp_path: Path) -> None:
+def test_files_that_are_not_of_a_resumable_fit_are_not_overwritten(name: str, resume: bool, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"^fit found {name} in .*, but no checkpoint.safetensors to resume from"):
         fit(flow(), gaussian_rows(), folder=tmp_path, resume=resume, **OPTIONS)
@@ -346,7 +346,7 @@ def test_other_weights_frozen_are_another_fit(tmp_path: Path) -> None:
     ],
     ids=["batch_size", "learning_rate", "seed", "data", "model"],
 )
-def test_another_fit_is_not_gone_on_with(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
+def test_another_fit_is_not_resumed(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
     asked = {"model": flow(), "data": gaussian_rows(), **OPTIONS, "folder": tmp_path}
     fit(**asked)
     with pytest.raises(ValueError, match=f"^fit found a fit with (another|other) {name}"):
@@ -354,7 +354,7 @@ def test_another_fit_is_not_gone_on_with(changed: dict[str, Any], name: str, tmp
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-20], lambda content: b"", lambda content: b"{}" * 99])
-def test_a_damaged_checkpoint_is_said_to_be(damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported(damage: Any, tmp_path: Path) -> None:
     fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -372,7 +372,7 @@ def test_a_model_is_no_checkpoint_and_a_later_format_is_refused(tmp_path: Path) 
         fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
 
 
-def test_to_resume_is_to_have_a_folder() -> None:
+def test_resume_needs_a_folder() -> None:
     with pytest.raises(ValueError, match="expected the folder to resume from"):
         fit(flow(), gaussian_rows(), resume=True)
 
@@ -384,7 +384,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_a_weight_that_plays_no_part_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_unused_parameter_does_not_prevent_resumption(tmp_path: Path) -> None:
     def idle() -> Any:
         model = flow()
         model.idle = torch.nn.Parameter(torch.ones(1))

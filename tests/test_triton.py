@@ -104,7 +104,7 @@ def test_agrees_for_no_and_for_many_points(device: str, points: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy warns of 0 * infinity
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_stays_in_its_row(device: str, bad: float) -> None:
+def test_non_finite_values_stay_in_their_row(device: str, bad: float) -> None:
     made = random_made(device, 3, hidden_dims=[6])
     exact, kernels = engines(made, inverse=True)
     v = torch.randn(4, 3, device=device)

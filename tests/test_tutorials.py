@@ -72,7 +72,7 @@ def test_every_cell_was_run_once_and_in_order(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_no_cell_failed_warned_or_tells_of_the_machine(path: Path, runner: ModuleType) -> None:
+def test_no_cell_fails_warns_or_shows_the_machine(path: Path, runner: ModuleType) -> None:
     notebook = read(path)
     assert runner.complaints(notebook) == []
     for cell in code_of(notebook):
@@ -82,7 +82,7 @@ def test_no_cell_failed_warned_or_tells_of_the_machine(path: Path, runner: Modul
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_is_kept_beside_the_outputs_is_always_the_same(path: Path, runner: ModuleType) -> None:
+def test_stored_notebooks_are_in_normal_form(path: Path, runner: ModuleType) -> None:
     nbformat.validate(read(path))
     assert path.read_text(encoding="utf-8") == runner.written(read(path))
 
@@ -98,7 +98,7 @@ def test_there_are_pictures_and_they_are_of_the_size_of_a_screen(path: Path) -> 
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_it_takes_from_the_package_is_there(path: Path) -> None:
+def test_imported_names_exist(path: Path) -> None:
     """Imported names exist; `make tutorials` tests how they are used."""
     imports = [node for node in ast.walk(ast.parse(python_of(read(path)))) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if node.module.partition(".")[0] == "pyro_maf"]
@@ -110,7 +110,7 @@ def test_what_it_takes_from_the_package_is_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, FOLDER / "README.md"], ids=lambda path: path.stem)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_are_valid(path: Path) -> None:
     is_notebook = path.suffix == ".ipynb"
     texts = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"] if is_notebook else []
     for target in LINK.findall("\n".join(texts or [path.read_text(encoding="utf-8")])):
@@ -153,7 +153,7 @@ def test_a_notebook_is_written_with_what_it_puts_out(notebook: Path, runner: Mod
     ("source", "message"),
     [("1 / 0", "ZeroDivisionError"), ("import sys; print('beware', file=sys.stderr)", "wrote to stderr: beware")],
 )
-def test_one_that_fails_or_warns_is_left_as_it_was(
+def test_a_notebook_that_fails_or_warns_is_unchanged(
     notebook: Path, runner: ModuleType, capsys: pytest.CaptureFixture[str], source: str, message: str
 ) -> None:
     before = change_last_cell(notebook, source)
@@ -170,7 +170,7 @@ def test_that_kernels_are_compiled_is_no_warning_and_is_not_stored(notebook: Pat
     assert code_of(read(notebook))[-1].outputs == []
 
 
-def test_of_a_line_that_was_overwritten_the_last_state_is_shown(runner: ModuleType) -> None:
+def test_the_last_state_of_an_overwritten_line_is_shown(runner: ModuleType) -> None:
     counted = new_output("stream", name="stdout", text="\r epoch 1\r epoch 2\r done\nend\n")
     cell = new_code_cell("a", execution_count=1, outputs=[counted])
     assert shown(runner.tidied(new_notebook(cells=[cell])).cells[0]) == " done\nend\n"

@@ -107,7 +107,7 @@ def test_an_outlier_among_the_validation_rows_does_not_choose_the_epoch() -> Non
     assert result.validation_log_likelihood == pytest.approx(plain.validation_log_likelihood, abs=0.2)
 
 
-def test_an_outlier_of_a_context_leaves_the_others_their_say() -> None:
+def test_an_outlier_of_a_context_does_not_suppress_other_features() -> None:
     context = normal(600, 1)
     rows = context + 0.3 * normal(600, 1, seed=1)
     context[3] = 1e6
@@ -143,7 +143,7 @@ def test_columns_have_weights_of_tails_where_they_are_heavy() -> None:
     assert units_of(moments_of(rows[:, :3]), rows[:, :3]).tails is None
 
 
-def test_a_weight_is_that_of_copies_and_one_row_has_no_say() -> None:
+def test_a_weight_is_that_of_copies_and_one_row_has_no_influence() -> None:
     random = np.random.default_rng(1)
     rows, often = torch.from_numpy(random.standard_t(2, (2000, 1))), torch.from_numpy(random.integers(0, 4, 2000))
     copies = rows.repeat_interleave(often, 0)
@@ -396,7 +396,7 @@ def test_units_of_float64_are_loaded_into_a_prior_of_float32() -> None:
     assert narrow.dtype == torch.float32
 
 
-def test_float32_holds_what_it_holds() -> None:
+def test_units_that_float32_represents_keep_its_dtype() -> None:
     units = {"loc": torch.tensor([3.0, 0.0]).double(), "scale": torch.tensor([SCALE, 1.0]).double()}
     assert FlowPrior(model(), **units).dtype == torch.float32
     assert FlowPrior(model().double(), **units).float().dtype == torch.float32
@@ -438,7 +438,7 @@ def test_a_prior_whose_units_are_too_coarse_says_so() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:fit ")
-def test_integers_that_float64_cannot_tell_apart_are_said() -> None:
+def test_integers_that_float64_cannot_distinguish_are_reported() -> None:
     rows = np.stack([2**60 + np.arange(200) * 37 % 5000, np.arange(200) * 7 % 200], 1)
     message = r"fit takes column 0 in float64, which has few different values there, 1\.1529215e\+18 \+- .*: subtract"
     with pytest.warns(UserWarning, match=message):
