@@ -442,7 +442,7 @@ def hierarchy(groups: int) -> Any:
 
 
 def funnel(size: int) -> Any:
-    """Neal's funnel: the scale of all variables but one is the exponential of that one."""
+    """Neal's funnel: the log-variance of all variables but one is that one."""
 
     def model() -> None:
         v = pyro.sample("v", dist.Normal(0.0, 3.0))

@@ -21,7 +21,7 @@ SIZE = 202
 
 
 def normal_posterior(precision: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-    """An unnormalised normal log-density with this precision, and its evidence."""
+    """An unnormalised normal log-density with this precision, and the maximum bound without the noise's entropy."""
     loc = torch.linspace(-1, 1, len(precision))
 
     def score(rows: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def normal_posterior(precision: Tensor) -> tuple[Callable[[Tensor], Tensor], flo
 
 
 def gap(precision: Tensor) -> tuple[float, LowRankHead]:
-    """Nats by which the initial normal's bound is below the evidence, and its head."""
+    """Nats by which the initial normal is below the maximum bound, and its head."""
     score, best = normal_posterior(precision)
     start = wide_start(score, torch.stack([torch.zeros(len(precision)), torch.full((len(precision),), -2.0)]))
     head = LowRankHead(len(precision), start.directions.shape[-1], **start._asdict())

@@ -313,7 +313,7 @@ def test_ctrl_c_ends_a_fit_that_lacks_a_mode(is_further: bool, monkeypatch: pyte
 
 
 def labels(locs: tuple[float, ...], with_shares: bool) -> Callable[[], None]:
-    """A mixture model with a component at each location, and unknown shares near 1 : 2 : 3 : ..., or known ones."""
+    """A mixture model of data around these locations, in unknown shares of 1 : 2 : 3 : ..., or known equal ones."""
     generator = torch.Generator().manual_seed(0)
     counts = [20 * (1 + index * with_shares) for index in range(len(locs))]
     y = torch.cat([loc + torch.randn(count, generator=generator) for loc, count in zip(locs, counts, strict=True)])

@@ -340,5 +340,5 @@ def test_a_feature_of_the_context_starts_with_about_the_weight_of_an_input():
             # The last units see most inputs.
             of_inputs = layer.weight[-50:][layer.mask[-50:] == 1].square().mean().item()
             assert context_layer.weight[-50:].square().mean().item() == pytest.approx(of_inputs, rel=0.2)
-        # A unit that sees only the context is matched by its weights.
+        # Without inputs, the weights of the context are larger.
         assert MLP(0, [300], 2, context_dim=10).context_layers[0].weight.abs().max() > 0.3

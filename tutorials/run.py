@@ -23,7 +23,7 @@ from pyro_maf._core.files import write_whole
 FOLDER = Path(__file__).parent
 SECONDS_A_CELL = 600
 COMPILING = re.compile(r"^pyro-maf compiles its kernels[^\n]*\n", re.MULTILINE)
-"""What the first program on a machine says, which is no warning."""
+"""Message of the first program on a machine, which is not a warning."""
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

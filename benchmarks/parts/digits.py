@@ -28,7 +28,7 @@ def draw(data: Dataset, plan: Plan, path: Path) -> bool:
     density = load(fitted[-1])
     torch.manual_seed(0)
     sheets = {"test images": pixels.to_pixels(data.test[: SIDE**2])}
-    for index, given in enumerate(torch.eye(data.context_dim)):
-        sheets[f"class {index}"] = pixels.to_pixels(density.condition(given).sample((SIDE**2,))).clamp(0, 1)
+    for index, one_hot in enumerate(torch.eye(data.context_dim)):
+        sheets[f"class {index}"] = pixels.to_pixels(density.condition(one_hot).sample((SIDE**2,))).clamp(0, 1)
     plotting.image_grid(sheets, columns=SIDE, title="MAF (5) given the class: samples").savefig(path)
     return True

@@ -1,4 +1,4 @@
-"""Parts of the site from outside docs/: README and changelog as pages, and the pictures of the benchmarks."""
+"""Parts of the site from outside docs/: README and changelog as pages, and the plots of the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ PICTURES = tuple(f"benchmarks/results/{name}.png" for name in ("directions", "gu
 LINK = re.compile(r"\[([^]]*)\]\(([\w/.-]+)\)")
 TABLE, NAME = re.compile(r"<table>.*?</table>", re.DOTALL), re.compile(r"(?<=<code>)[^<]{14,}(?=</code>)")
 JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[_(=.])(?=[A-Za-z])")
-"""Places where a long name in a table may go on in the next line."""
+"""Places where a long name in a table may break."""
 
 FETCHED = "https://unpkg.com/iframe-worker/shim"
-"""Script that the theme has every page fetch, for a search without a server."""
+"""Script that the theme loads on every page, for searching without a server."""
 
 LOCAL = "assets/iframe-worker/shim.js"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README as the first page, the changelog, and the benchmarks' pictures under assets/."""
+    """Add the README as the first page, the changelog, and the benchmarks' plots under assets/."""
     root = Path(config.docs_dir).parent
     for page, source in (("index.md", "README.md"), ("changelog.md", "CHANGELOG.md")):
         config.watch.append(str(root / source))
@@ -48,7 +48,7 @@ def _linked(text: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Lead to the copies from pages, whose links are those of the repository; API and changelog are found last."""
+    """Redirect links to repository files to their copies; rank API and changelog last in search."""
     if page.file.src_uri.startswith(("api/", "changelog")):
         page.meta["search"] = {"boost": 0.1}
     markdown = markdown.replace("](../README.md", "](index.md")
@@ -58,7 +58,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Let long names in tables break between their words, and no figure before its error."""
+    """Let long names in tables break between words, and keep figures and their errors on one line."""
 
     def broken(table: re.Match[str]) -> str:
         return NAME.sub(lambda name: JOINT.sub("<wbr>", name[0]), table[0]).replace(
@@ -69,10 +69,10 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
-    """Take the script from the site itself."""
+    """Load the script from the site itself."""
     return output.replace(FETCHED, get_relative_url(LOCAL, page.url))
 
 
 def on_post_template(output_content: str, **_: Any) -> str:
-    """Do so on pages that stand for no file, too."""
+    """Do the same on pages without a source file."""
     return output_content.replace(FETCHED, LOCAL)

@@ -1,4 +1,4 @@
-"""Check a built site: every link leads to a page, a file or a heading of it, and nothing is fetched from elsewhere.
+"""Check a built site: internal links are valid, and pages load nothing from other sites.
 
     python docs/hooks/links.py site
 
@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """Links of one page, URLs that a browser fetches for it, and anchors in it."""
+    """Links of a page, URLs that a browser loads for it, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Record one element."""
+        """Record an element."""
         attributes = {name: value or "" for name, value in attrs}
         self.places.update(attributes[name] for name in ("id", "name") if name in attributes)
         if "src" in attributes:
@@ -37,7 +37,7 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> Iterator[str]:
-    """Problems of a site, a line each."""
+    """Problems of a site, one line each."""
     pages = {path.resolve(): Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
     for path, page in pages.items():
         where = path.relative_to(site.resolve())

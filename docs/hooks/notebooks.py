@@ -1,4 +1,4 @@
-"""The notebooks of tutorials/ as pages: text, code, and the outputs of their last run; their pictures on the first."""
+"""The notebooks of tutorials/ as pages with text, code and stored outputs, and a gallery of plots on the first page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FOLDER = "tutorials"
 LINK = re.compile(r"\]\(([\w.-]+)\.ipynb")
 TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 BEFORE_GALLERY = "## Install"
-"""Heading of the first page that the pictures stand above."""
+"""Heading of the first page before which the gallery is inserted."""
 
 GALLERY: list[str] = []
-"""For each notebook its last picture, as a link to its page."""
+"""The last plot of each notebook, as a link to its page."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -32,7 +32,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each notebook, its pictures, and the README of the folder as the page of the section."""
+    """Add a page for each notebook, its plots, and the README of the folder as the page of the section."""
     GALLERY.clear()
     index = (_root(config) / FOLDER / "README.md").read_text(encoding="utf-8")
     files.append(File.generated(config, f"{FOLDER}/index.md", content=_between_pages(index)))
@@ -53,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Show the pictures on the first page."""
+    """Show the gallery on the first page."""
     if page.file.src_uri != "index.md":
         return markdown
     pictures = "\n\n".join(GALLERY)
@@ -70,5 +70,5 @@ def _notebooks(config: MkDocsConfig) -> list[Path]:
 
 
 def _between_pages(text: str) -> str:
-    """Markdown whose links lead to pages rather than notebooks."""
+    """Replace links to notebooks by links to their pages."""
     return LINK.sub(r"](\1.md", text)
