@@ -113,9 +113,9 @@ def test_the_default_of_fit_is_compared_on_small_tables(run, tmp_path):
 def test_figures_in_the_readme_are_those_of_the_stored_results():
     page = " ".join((ROOT / "README.md").read_text().split())
     results = BENCHMARKS / "results"
-    wanted = {"task": "sample", "threads": 1, "D": 63, "layers": 1, "batch": 1000}
+    expected = {"task": "sample", "threads": 1, "D": 63, "layers": 1, "batch": 1000}
     cells = json.loads((results / "directions.json").read_text())["cells"]
-    (times,) = (cell["times"] for cell in cells if wanted.items() <= cell.items())
+    (times,) = (cell["times"] for cell in cells if expected.items() <= cell.items())
     peers = [times[name] for name in ("flowjax", "pyro", "zuko", "nflows", "normflows")]
     jax, *torch = (peer["over_ours"] for peer in peers)
     assert f"| {times['pyro-maf']['minimum'] * 1e3:.1f} ms | {jax:.0f} times as long, compiled JAX;" in page

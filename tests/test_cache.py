@@ -104,15 +104,15 @@ def test_compiling_is_announced_once_for_each_precision(folder: Path, capsys: py
     # Steps are counted in single precision in both cases, so arrays of both kinds occur.
     numbers, steps = np.ones(2), np.ones(1, np.float32)
     single, double = (steps, steps), (numbers, numbers, steps)
-    said = []
+    printed = []
     for x in (single, single, double):  # each as in a newly started process
         answer(folder, "twice", x)
-        said.append(capsys.readouterr().err)
+        printed.append(capsys.readouterr().err)
     compiler._say.cache_clear()
     answer(folder, "twice", double)
-    said.append(capsys.readouterr().err)
-    assert ["single precision" in said[0], "double precision" in said[2]] == [True, True]
-    assert [said[1], said[3]] == ["", ""]
+    printed.append(capsys.readouterr().err)
+    assert ["single precision" in printed[0], "double precision" in printed[2]] == [True, True]
+    assert [printed[1], printed[3]] == ["", ""]
 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])

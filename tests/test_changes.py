@@ -335,10 +335,10 @@ def test_inference_mode_on_any_side(make: Callable[..., Flow], computed: bool) -
         with inside(bool(x_in)):
             x = torch.linspace(-1, 1, 36).reshape(9, 4)
         with inside(bool(used_in)):
-            wanted = results(stack(make), x.clone())
+            expected = results(stack(make), x.clone())
             for _ in range(2):
-                found = results(flow, x)
-                assert all(map(torch.allclose, found, wanted))
+                actual = results(flow, x)
+                assert all(map(torch.allclose, actual, expected))
                 y = flow(x)
                 assert torch.allclose(flow.inv(y), x, atol=1e-5)
                 x = x.clone()
@@ -376,9 +376,9 @@ def test_with_a_gradient_the_error_is_that_of_torch() -> None:
 def test_a_score_of_what_a_frozen_flow_drew_has_its_gradient(make: Callable[..., Flow]) -> None:
     prior = FlowPrior(stack(make)).requires_grad_(False)
     y = prior.rsample((3,)).requires_grad_()
-    (found,) = torch.autograd.grad(prior.log_prob(y).sum() + (y**2).sum(), y)
-    (wanted,) = torch.autograd.grad(copy.deepcopy(prior).log_prob(y).sum() + (y**2).sum(), y)
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    (actual,) = torch.autograd.grad(prior.log_prob(y).sum() + (y**2).sum(), y)
+    (expected,) = torch.autograd.grad(copy.deepcopy(prior).log_prob(y).sum() + (y**2).sum(), y)
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @every_stack

@@ -129,8 +129,8 @@ def test_a_terminal_shows_a_message_at_once(tmp_path: Path, monkeypatch: pytest.
     terminal = SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(fit_module, "sys", terminal)
     monkeypatch.chdir(tmp_path)
-    said = run("fit", "nothing.csv", code=2).stderr
-    assert said.startswith("pyro-maf: loading torch, some seconds.\n")
+    message = run("fit", "nothing.csv", code=2).stderr
+    assert message.startswith("pyro-maf: loading torch, some seconds.\n")
 
 
 def test_fit_trains_as_the_library_does(folder: Path) -> None:

@@ -276,8 +276,10 @@ def test_a_full_disk_ends_no_fit_under_way(at: int, tmp_path: Path, monkeypatch:
         full(at, patched)
         with pytest.warns(UserWarning, match="^fit could not write") as caught:
             result = fit(flow(), gaussian_rows(100), folder=folder, max_epochs=3, **OPTIONS)
-    said = [str(warning.message) for warning in caught]
-    assert all(any(f"could not write {folder / name}: No space left" in line for line in said) for name in NAMES[at:])
+    messages = [str(warning.message) for warning in caught]
+    assert all(
+        any(f"could not write {folder / name}: No space left" in line for line in messages) for name in NAMES[at:]
+    )
     assert same(weights(result.density), weights(whole.density))
     assert not list(folder.glob(".*"))
     again = fit(flow(), gaussian_rows(100), folder=folder, max_epochs=3, resume=True, **OPTIONS)

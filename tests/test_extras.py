@@ -49,8 +49,8 @@ def test_the_core_works_alone_and_the_command_says_what_to_install(tmp_path: Pat
         [sys.executable, "-c", WITHOUT], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert result.stdout == "2\n1\nreached steps (1)\n3\n"
-    said = "pyro-maf: pyro-maf needs typer, which is not installed: pip install pyro-maf[cli]."
-    assert result.stderr.splitlines()[-1] == said
+    message = "pyro-maf: pyro-maf needs typer, which is not installed: pip install pyro-maf[cli]."
+    assert result.stderr.splitlines()[-1] == message
     assert result.returncode == 2
 
 

@@ -485,9 +485,9 @@ def test_quantiles_are_exact_where_they_are_known(make: Any) -> None:
     """For a log-normal posterior, which an untrained guide matches. Pyro's AutoIAFNormal has no quantiles."""
     loc, scale = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 1.5])
     guide = make(lambda: pyro.sample("z", dist.LogNormal(loc, scale).to_event(1)), **SMALL).setup()
-    wanted = torch.tensor([0.05, 0.5, 0.95])
-    found = guide.quantiles(wanted)["z"]
-    torch.testing.assert_close(found, dist.LogNormal(loc, scale).icdf(wanted[:, None]), rtol=0.02, atol=0)
+    expected = torch.tensor([0.05, 0.5, 0.95])
+    actual = guide.quantiles(expected)["z"]
+    torch.testing.assert_close(actual, dist.LogNormal(loc, scale).icdf(expected[:, None]), rtol=0.02, atol=0)
     torch.testing.assert_close(guide.median()["z"], loc.exp(), rtol=0.01, atol=0)
 
 
@@ -886,14 +886,14 @@ def test_a_new_guide_has_the_weights_of_the_store(make: Any, way: Any, tmp_path:
     """Wherever both start, since the start belongs to the weights."""
     guide = shaken(make(counting, **SMALL, init_scale=0.2).setup())
     steps(Trace_ELBO(), counting, guide, 2)
-    wanted, kept = guide.median(), weights(guide)
+    expected, kept = guide.median(), weights(guide)
     way(tmp_path)
     called, read = (make(counting, **SMALL, init_scale=0.7) for _ in range(2))
     called()
-    assert same(wanted, called.median())
+    assert same(expected, called.median())
     if way is through_a_file:
         pyro.get_param_store().load(str(tmp_path / "weights"))
-    assert same(wanted, read.median()) == (way is through_a_file)
+    assert same(expected, read.median()) == (way is through_a_file)
     steps(Trace_ELBO(), counting, called, 1)
     assert not same(kept, weights(called))
     assert same(kept, weights(guide))
@@ -903,19 +903,19 @@ def test_a_new_guide_has_the_weights_of_the_store(make: Any, way: Any, tmp_path:
 def test_a_guide_in_use_goes_back_to_what_was_saved(make: Any, tmp_path: Path) -> None:
     guide = shaken(make(counting, **SMALL).setup())
     guide()
-    state, wanted = copy.deepcopy(pyro.get_param_store().get_state()), weights(guide)
+    state, expected = copy.deepcopy(pyro.get_param_store().get_state()), weights(guide)
     pyro.get_param_store().save(str(tmp_path / "weights"))
     for restore in (
         lambda: pyro.get_param_store().set_state(copy.deepcopy(state)),
         lambda: pyro.get_param_store().load(str(tmp_path / "weights")),
     ):
         steps(Trace_ELBO(), counting, guide, 1)
-        assert not same(wanted, weights(guide))
+        assert not same(expected, weights(guide))
         restore()
         guide()
-        assert same(wanted, weights(guide))
+        assert same(expected, weights(guide))
     steps(Trace_ELBO(), counting, guide, 1)  # and trains on
-    assert not same(wanted, weights(guide))
+    assert not same(expected, weights(guide))
 
 
 def test_saving_the_store_does_not_affect_other_guides(tmp_path: Path) -> None:
@@ -959,9 +959,9 @@ def test_an_encoder_comes_from_the_store_too(tmp_path: Path) -> None:
 
     y, trained = torch.tensor([1.0, 2.0, 4.0]), guide()
     steps(Trace_ELBO(), of_data, trained, 2, y)
-    wanted = trained.median(y)
+    expected = trained.median(y)
     through_a_file(tmp_path)
-    assert same(wanted, guide().median(y))
+    assert same(expected, guide().median(y))
 
 
 @each_guide
@@ -1211,10 +1211,10 @@ def test_wrong_options_are_named(make: Any, options: Any, error: Any, message: s
 
 @each_guide
 def test_an_unknown_option_is_refused_and_the_close_one_named(make: Any) -> None:
-    said = (
+    message = (
         rf"^{make.__name__} takes model, [a-z_, ]*: got an unexpected keyword argument 'hidden_dim': use hidden_dims\.$"
     )
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         make(scalar, hidden_dim=[8])
     assert {"num_layers", "hidden_dims", "activation", "encoder"} <= set(inspect.signature(make).parameters)
 

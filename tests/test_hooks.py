@@ -116,9 +116,9 @@ def assert_as_by_calls(layer: Flow) -> None:
         for rows in (3, 20):
             v = torch.randn(rows, 4, dtype=double, requires_grad=True)
             with torch.no_grad():
-                wanted = by_calls(layer, v, inverse)
+                expected = by_calls(layer, v, inverse)
                 for _ in range(2):
-                    assert all(map(torch.allclose, direction(v), wanted))
+                    assert all(map(torch.allclose, direction(v), expected))
         parameters, gradients = trained(layer), []
         for w, log_det in (direction(v), by_calls(layer, v, inverse)):
             assert w.requires_grad

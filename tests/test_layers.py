@@ -77,13 +77,13 @@ def test_lower_triangular_affine_is_a_multivariate_normal(given: str) -> None:
     arguments["scale_tril"].diagonal().exp_()
     arguments = {name: value for name, value in arguments.items() if given in (name, "both")}
     layer = LowerTriangularAffine(4, **arguments)
-    wanted = {"loc": torch.zeros(4).double(), "scale_tril": torch.eye(4).double()} | arguments
+    expected = {"loc": torch.zeros(4).double(), "scale_tril": torch.eye(4).double()} | arguments
     y = 3 * torch.randn(20, 4, dtype=double)
     standard = dist.Normal(torch.zeros(4).double(), 1.0).to_event(1)
-    found = dist.TransformedDistribution(standard, [layer]).log_prob(y)
-    torch.testing.assert_close(found, dist.MultivariateNormal(**wanted).log_prob(y))
+    actual = dist.TransformedDistribution(standard, [layer]).log_prob(y)
+    torch.testing.assert_close(actual, dist.MultivariateNormal(**expected).log_prob(y))
     x = torch.randn(20, 4, dtype=double)
-    torch.testing.assert_close(layer(x), wanted["loc"] + x @ wanted["scale_tril"].T)
+    torch.testing.assert_close(layer(x), expected["loc"] + x @ expected["scale_tril"].T)
 
 
 def test_lower_triangular_affine_follows_its_context() -> None:
@@ -127,8 +127,8 @@ def test_coupling_transforms_the_unmasked_dimensions(mask: Any, networks: str) -
     close(y[:, ~kept], x[:, ~kept] * alpha.exp() + mu)
     close(layer.log_abs_det_jacobian(x, y), alpha.sum(-1))
     # They depend on the dimensions that pass through, and only on these.
-    for found, wanted in zip(mu_and_alpha(layer, torch.where(kept, x, other)), (mu, alpha), strict=True):
-        close(found, wanted)
+    for actual, expected in zip(mu_and_alpha(layer, torch.where(kept, x, other)), (mu, alpha), strict=True):
+        close(actual, expected)
     assert torch.equal(alpha.std(0) > 1e-12, kept.any().expand(alpha.shape[1]))
 
 

@@ -166,7 +166,7 @@ def test_no_module_is_too_long(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("AutoIAF", "it is pyro_maf.infer.AutoIAF"),
         ("fit_guide", "it is pyro_maf.infer.fit_guide"),
@@ -177,8 +177,8 @@ def test_no_module_is_too_long(path: Path) -> None:
         ("miniboone", "it is pyro_maf.datasets.miniboone"),
     ],
 )
-def test_the_error_for_a_name_of_a_subpackage_says_where_it_is(name: str, said: str) -> None:
-    with pytest.raises(AttributeError, match=rf"^module 'pyro_maf' has no attribute '{name}': {said}$"):
+def test_the_error_for_a_name_of_a_subpackage_says_where_it_is(name: str, message: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^module 'pyro_maf' has no attribute '{name}': {message}$"):
         getattr(pyro_maf, name)
 
 

@@ -61,10 +61,10 @@ def test_retained_gradients_are_not_overwritten() -> None:
         kept.append([(parameter.grad, parameter.grad.clone()) for parameter in prior.parameters()])  # type: ignore[union-attr]
     assert all(torch.equal(gradient, copy) for pairs in kept for gradient, copy in pairs)  # type: ignore[arg-type]
     losses = [prior.log_prob(value + number).sum() for number in range(3)]
-    found = [torch.autograd.grad(loss, list(prior.parameters())) for loss in losses]
-    for number, gradients in enumerate(found):
-        wanted = torch.autograd.grad(prior.log_prob(value + number).sum(), list(prior.parameters()))
-        assert all(map(torch.equal, gradients, wanted))
+    actual = [torch.autograd.grad(loss, list(prior.parameters())) for loss in losses]
+    for number, gradients in enumerate(actual):
+        expected = torch.autograd.grad(prior.log_prob(value + number).sum(), list(prior.parameters()))
+        assert all(map(torch.equal, gradients, expected))
 
 
 def test_a_step_takes_memory_for_packed_weights_tape_and_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:

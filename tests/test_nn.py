@@ -150,14 +150,14 @@ def test_gradients_exist_for_earlier_inputs_only(a: dict[str, Any]) -> None:
 def test_made_composes_its_layers(activation: str, context_dim: int) -> None:
     made = MADE(3, [7, 6], outputs_per_input=2, context_dim=context_dim, activation=activation).double()
     x, context = 4 * torch.randn(50, 3, dtype=double), torch.randn(50, context_dim, dtype=double)
-    wanted = compress_tails(x)
+    expected = compress_tails(x)
     for index, (layer, mask) in enumerate(zip(made.masked_layers, made.masks(), strict=True)):
-        wanted = wanted @ (layer.weight * mask).T + layer.bias
+        expected = expected @ (layer.weight * mask).T + layer.bias
         if context_dim:
-            wanted = wanted + context @ made.context_layers[index].weight.T
-        wanted = MODULES[activation](wanted) if index < 2 else wanted
+            expected = expected + context @ made.context_layers[index].weight.T
+        expected = MODULES[activation](expected) if index < 2 else expected
     given = (x, context) if context_dim else (x,)
-    torch.testing.assert_close(made(*given), wanted.view(50, 3, 2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(made(*given), expected.view(50, 3, 2), rtol=1e-12, atol=1e-12)
     made.zero_output()
     assert not bool(made(*given).any())
 
@@ -268,22 +268,22 @@ def test_state_of_another_activation_is_refused(strict: bool) -> None:
 def test_mlp_composes_its_layers(input_dim: int, context_dim: int) -> None:
     mlp = MLP(input_dim, [7, 5], 4, context_dim=context_dim, activation="elu").double()
     x, context = 4 * torch.randn(6, input_dim, dtype=double), torch.randn(6, context_dim, dtype=double)
-    wanted = compress_tails(x)
+    expected = compress_tails(x)
     for index, layer in enumerate(mlp.layers):
-        wanted = wanted @ layer.weight.T + layer.bias
-        wanted = wanted + context @ mlp.context_layers[index].weight.T if context_dim else wanted
-        wanted = nn.functional.elu(wanted) if index < 2 else wanted
-    found = mlp(x, context if context_dim else None)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert (float(found.detach().std(0).max()) < 1e-12) == (input_dim + context_dim == 0)
+        expected = expected @ layer.weight.T + layer.bias
+        expected = expected + context @ mlp.context_layers[index].weight.T if context_dim else expected
+        expected = nn.functional.elu(expected) if index < 2 else expected
+    actual = mlp(x, context if context_dim else None)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert (float(actual.detach().std(0).max()) < 1e-12) == (input_dim + context_dim == 0)
 
 
 def test_tails_are_compressed_smoothly_and_in_order() -> None:
     x = torch.linspace(-60, 60, 120_001, dtype=double, requires_grad=True)
     y = compress_tails(x)
     size = x.detach().abs()
-    wanted = torch.where(size <= 3, size, 3 + (1 + (size - 3).clamp(min=0)).log()) * x.detach().sign()
-    torch.testing.assert_close(y.detach(), wanted, rtol=1e-14, atol=1e-14)
+    expected = torch.where(size <= 3, size, 3 + (1 + (size - 3).clamp(min=0)).log()) * x.detach().sign()
+    torch.testing.assert_close(y.detach(), expected, rtol=1e-14, atol=1e-14)
     (slope,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(slope, 1 / (1 + (size - 3).clamp(min=0)), rtol=1e-12, atol=0)
     extremes = compress_tails(torch.tensor([-torch.inf, torch.inf, torch.nan]))

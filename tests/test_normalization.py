@@ -109,11 +109,11 @@ def test_a_batch_in_training_has_the_log_det_of_its_own_statistics(
 ) -> None:
     flow = shaken(make(3), 0.05).train().with_cache(cache_size)
     y = data()
-    wanted = flow.inverse_and_log_det(y)[1]
+    expected = flow.inverse_and_log_det(y)[1]
     x = flow.inv(y)
     for _ in range(2):
-        close(flow.log_abs_det_jacobian(x, y), wanted)
-    close(flow.log_abs_det_jacobian(x.clone(), y.clone()), wanted)
+        close(flow.log_abs_det_jacobian(x, y), expected)
+    close(flow.log_abs_det_jacobian(x.clone(), y.clone()), expected)
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2), (1, 1, 2)])

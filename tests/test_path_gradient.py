@@ -230,14 +230,14 @@ def standard() -> None:
 def test_parameters_train_on_afterwards() -> None:
     flow = IAF(2, num_layers=1, hidden_dims=[8]).eval()
     next(flow.parameters()).requires_grad_(False)
-    wanted = [parameter.requires_grad for parameter in flow.parameters()]
+    expected = [parameter.requires_grad for parameter in flow.parameters()]
 
     def guide() -> None:
         pyro.module("flow", flow)
         pyro.sample("z", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [flow]))
 
     TracePath_ELBO().loss_and_grads(standard, guide)
-    assert [parameter.requires_grad for parameter in flow.parameters()] == wanted
+    assert [parameter.requires_grad for parameter in flow.parameters()] == expected
 
 
 def test_parameters_train_on_after_an_error() -> None:

@@ -96,7 +96,7 @@ def test_a_program_agrees_with_torch(
         direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
         values = direction(v, context if flow.context_dim else None)
     with in_torch():
-        wanted_w, wanted_log_det, wanted = results(flow, inverse, v, context, tensors)
+        wanted_w, wanted_log_det, expected = results(flow, inverse, v, context, tensors)
     layers = a.num_layers * a.input_dim
     for one, log in ((w, log_det), values):
         assert one.shape == wanted_w.shape
@@ -104,7 +104,7 @@ def test_a_program_agrees_with_torch(
         assert largest_difference(one, wanted_w) < 10 * layers * TOLERANCE[dtype]
         assert largest_difference(log[..., None], wanted_log_det[..., None]) < 10 * layers * TOLERANCE[dtype]
     if dtype == double:
-        for gradient, other in zip(gradients, wanted, strict=True):
+        for gradient, other in zip(gradients, expected, strict=True):
             assert gradient.shape == other.shape
             assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-9 * float(1 + other.norm()))
 
@@ -183,10 +183,10 @@ def test_user_defined_affine_layers_are_called(way: str) -> None:
     v = torch.randn(9, 4)
     tensors = [tensor for tensor in (*flow.parameters(), *flow.buffers()) if tensor.requires_grad]
     for _ in range(2):
-        found = results(flow, True, v, None, tensors)
+        actual = results(flow, True, v, None, tensors)
         with in_torch():
-            wanted = results(flow, True, v, None, tensors)
-        for one, other in zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True):
+            expected = results(flow, True, v, None, tensors)
+        for one, other in zip((*actual[:2], *actual[2]), (*expected[:2], *expected[2]), strict=True):
             assert torch.allclose(one, other, atol=1e-4)
         with torch.no_grad():
             (flow[1].parametrizations.log_scale.original if way == "parametrization" else flow[1].loc).add_(0.5)
@@ -220,10 +220,10 @@ def test_gradients_of_a_part_of_the_tensors(name: str, frozen: str) -> None:
     v = torch.randn(30, 4, dtype=double, requires_grad=frozen == "weights")
     context = torch.randn(30, 2, dtype=double)
     tensors = [tensor for tensor in (v, *parameters) if tensor.requires_grad]
-    found = results(flow, True, v, context, tensors)
+    actual = results(flow, True, v, context, tensors)
     with in_torch():
-        wanted = results(flow, True, v, context, tensors)
-    assert all(map(torch.allclose, (*found[:2], *found[2]), (*wanted[:2], *wanted[2])))
+        expected = results(flow, True, v, context, tensors)
+    assert all(map(torch.allclose, (*actual[:2], *actual[2]), (*expected[:2], *expected[2])))
 
 
 def test_tensors_of_any_layout_are_read() -> None:
@@ -234,10 +234,10 @@ def test_tensors_of_any_layout_are_read() -> None:
             linear.bias = nn.Parameter(torch.randn(1, dtype=double).expand(linear.bias.shape))
     v = torch.randn(4, 9, dtype=double).T
     tensors = list(layer.parameters())
-    found = results(layer, True, v, None, tensors)
+    actual = results(layer, True, v, None, tensors)
     with in_torch():
-        wanted = results(layer, True, v, None, tensors)
-    assert all(map(torch.allclose, (*found[:2], *found[2]), (*wanted[:2], *wanted[2])))
+        expected = results(layer, True, v, None, tensors)
+    assert all(map(torch.allclose, (*actual[:2], *actual[2]), (*expected[:2], *expected[2])))
 
 
 def test_a_user_defined_mask_is_respected() -> None:
@@ -311,14 +311,14 @@ def test_layers_that_do_not_fit_together_are_refused() -> None:
 def test_non_finite_values_stay_in_their_row(points: int, bad: float) -> None:
     flow = build("RealNVP", SMALL, torch.float32, "cpu")
     v = torch.randn(points, 4)
-    wanted = flow.inverse_and_log_det(v)[0].detach()  # type: ignore[operator]
+    expected = flow.inverse_and_log_det(v)[0].detach()  # type: ignore[operator]
     v[1, 2] = bad
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             w = flow.inverse_and_log_det(v)[0].detach()  # type: ignore[operator]
         assert not torch.isfinite(w[1]).all()
         rest = [row for row in range(points) if row != 1]
-        assert torch.allclose(w[rest], wanted[rest], atol=1e-6)
+        assert torch.allclose(w[rest], expected[rest], atol=1e-6)
 
 
 @given(parts=st.integers(2, 5), points=st.integers(1, 700))
@@ -326,12 +326,12 @@ def test_points_are_divided_among_threads(parts: int, points: int) -> None:
     flow: Any = build("RealNVP", SMALL, double, "cpu")
     v = torch.randn(points, 4, dtype=double, requires_grad=True)
     tensors = [v, *flow.parameters()]
-    wanted = results(flow, True, v, None, tensors)
+    expected = results(flow, True, v, None, tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threads, "LEAST_WORK", 1)
         patch.setattr(torch, "get_num_threads", lambda: parts)
-        found = results(flow, True, v, None, tensors)
-    for one, other in zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True):
+        actual = results(flow, True, v, None, tensors)
+    for one, other in zip((*actual[:2], *actual[2]), (*expected[:2], *expected[2]), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12 * float(1 + other.norm()))
 
 
@@ -361,10 +361,10 @@ def test_a_log_density_is_that_of_torch(name: str, units: str) -> None:
             again = (prior.condition(context) if is_conditional else prior).log_prob(value)
         return [density, again, *first, *second]
 
-    found = derivatives()
+    actual = derivatives()
     with in_torch():
-        wanted = derivatives()
-    for one, other in zip(found, wanted, strict=True):
+        expected = derivatives()
+    for one, other in zip(actual, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * float(1 + other.detach().norm()))
 
 
@@ -447,9 +447,9 @@ def test_second_derivatives_through_both_directions_count_each_once(name: str) -
 
     def gradients(again: bool) -> list[Tensor]:
         y, _ = flow.forward_and_log_det(x)
-        found, log_det = flow.inverse_and_log_det(9 * y)
-        loss = found.square().sum() + log_det.sum()
+        actual, log_det = flow.inverse_and_log_det(9 * y)
+        loss = actual.square().sum() + log_det.sum()
         return list(torch.autograd.grad(loss, weights, create_graph=again, materialize_grads=True, allow_unused=True))
 
-    for found, wanted in zip(gradients(True), gradients(False), strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-8, atol=1e-9 * float(1 + wanted.norm()))
+    for actual, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-8, atol=1e-9 * float(1 + expected.norm()))

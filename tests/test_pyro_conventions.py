@@ -151,8 +151,8 @@ def test_density_is_the_change_of_variables(name: str, inverted: bool) -> None:
     flow = bound(name, inverted=inverted)
     y = normal(3).sample([4])
     backward = vmap(jacrev(flow.inv))(y)
-    wanted = normal(3).to_event(1).log_prob(flow.inv(y)) + backward.slogdet()[1]
-    torch.testing.assert_close(transformed(flow).log_prob(y), wanted, rtol=1e-7, atol=1e-9)
+    expected = normal(3).to_event(1).log_prob(flow.inv(y)) + backward.slogdet()[1]
+    torch.testing.assert_close(transformed(flow).log_prob(y), expected, rtol=1e-7, atol=1e-9)
 
 
 @every_transform
@@ -199,8 +199,8 @@ def test_composes_with_pyros_transforms(inverted: bool) -> None:
     assert bool(((y > 0) & (y < 1)).all())
     free = torch.logit(y)
     x = flow.inv(free)
-    wanted = dist.Normal(torch.ones(3, dtype=double), 2.0).log_prob(x).sum(-1) - flow.log_abs_det_jacobian(x, free)
-    torch.testing.assert_close(density.log_prob(y), wanted - (y * (1 - y)).log().sum(-1))
+    expected = dist.Normal(torch.ones(3, dtype=double), 2.0).log_prob(x).sum(-1) - flow.log_abs_det_jacobian(x, free)
+    torch.testing.assert_close(density.log_prob(y), expected - (y * (1 - y)).log().sum(-1))
 
 
 @either_way
@@ -244,9 +244,9 @@ def test_conditional_and_plain_transforms_compose() -> None:
     assert len(list(stack.parameters())) == len(list(plain.parameters())) + len(list(given.parameters()))
     context = torch.randn(5, 2, dtype=double)
     y = normal(3).sample([5])
-    found = dist.ConditionalTransformedDistribution(normal(3), [stack]).condition(context).log_prob(y)
-    wanted = dist.ConditionalTransformedDistribution(normal(3), [plain, given.inv]).condition(context).log_prob(y)
-    torch.testing.assert_close(found, wanted)
+    actual = dist.ConditionalTransformedDistribution(normal(3), [stack]).condition(context).log_prob(y)
+    expected = dist.ConditionalTransformedDistribution(normal(3), [plain, given.inv]).condition(context).log_prob(y)
+    torch.testing.assert_close(actual, expected)
 
 
 # Pyro modules
@@ -262,15 +262,15 @@ def test_registers_and_restores_by_name(make: Callable[[], nn.Module], tmp_path:
     assert pyro.module("flow", flow) is flow
     assert {name.removeprefix("flow$$$") for name in store} == {name for name, _ in flow.named_parameters()}
     store.save(tmp_path / "store")
-    wanted = _scores(flow)
+    expected = _scores(flow)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.mul_(2)
-    assert not torch.allclose(_scores(flow), wanted)
+    assert not torch.allclose(_scores(flow), expected)
     pyro.clear_param_store()
     store.load(tmp_path / "store")
     pyro.module("flow", flow, update_module_params=True)
-    torch.testing.assert_close(_scores(flow), wanted)
+    torch.testing.assert_close(_scores(flow), expected)
 
 
 def _scores(flow: Any) -> Tensor:
@@ -311,14 +311,14 @@ def test_under_handlers(name: str, inverted: bool) -> None:
 
     trace = poutine.trace(model).get_trace()
     y = trace.nodes["y"]["value"]
-    wanted = 2 * density.log_prob(y.detach().clone())[:3].sum()
-    torch.testing.assert_close(trace.log_prob_sum(), wanted)
+    expected = 2 * density.log_prob(y.detach().clone())[:3].sum()
+    torch.testing.assert_close(trace.log_prob_sum(), expected)
     replayed = poutine.trace(poutine.replay(model, trace)).get_trace()
     assert replayed.nodes["y"]["value"] is y
-    torch.testing.assert_close(replayed.log_prob_sum(), wanted)
+    torch.testing.assert_close(replayed.log_prob_sum(), expected)
     conditioned = poutine.trace(poutine.condition(model, {"y": y})).get_trace()
     assert conditioned.nodes["y"]["is_observed"]
-    torch.testing.assert_close(conditioned.log_prob_sum(), wanted)
+    torch.testing.assert_close(conditioned.log_prob_sum(), expected)
     free = poutine.trace(poutine.uncondition(poutine.condition(model, {"y": y}))).get_trace()
     assert not free.nodes["y"]["is_observed"]
     assert "y" not in poutine.trace(poutine.block(model, hide=["y"])).get_trace().nodes

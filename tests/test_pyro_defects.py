@@ -106,8 +106,8 @@ def test_inverted_layers_keep_their_parameters() -> None:
     """Pyro's inverse is not a module, so a stack of them registers, trains and saves no weights."""
     layers = [shaken(autoregressive(3).double()) for _ in range(2)]
     inverted = dist.ComposeTransformModule([layer.inv for layer in layers])
-    wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    assert {id(parameter) for parameter in inverted.parameters()} == wanted
+    expected = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    assert {id(parameter) for parameter in inverted.parameters()} == expected
     assert len(inverted.state_dict()) == sum(len(layer.state_dict()) for layer in layers)
 
 

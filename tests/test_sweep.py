@@ -90,10 +90,10 @@ def test_kernels_agree_with_torch(
     with torch.no_grad():
         w, log_det = direction(flow)(v)
         with in_torch():
-            wanted, wanted_log_det = direction(flow)(v)
+            expected, wanted_log_det = direction(flow)(v)
     kept, kept_log_det = direction(flow)(v)
     for one, log in ((w, log_det), (kept.detach(), kept_log_det.detach())):
-        assert largest_difference(one, wanted) < TOLERANCE[dtype]
+        assert largest_difference(one, expected) < TOLERANCE[dtype]
         # The log-scale of each variable is rounded separately.
         assert largest_difference(log[:, None], wanted_log_det[:, None]) < a.input_dim * TOLERANCE[dtype]
 
@@ -122,10 +122,10 @@ def test_networks_of_many_units_agree_with_torch(order: str, direction: Any) -> 
         loss = w.sin().sum() + log_det.square().sum()
         return [*known, w.detach(), *torch.autograd.grad(loss, [v, *flow.parameters()])]
 
-    found = results()
+    actual = results()
     with in_torch():
-        wanted = results()
-    for one, other in zip(found, wanted, strict=True):
+        expected = results()
+    for one, other in zip(actual, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * float(1 + other.norm()))
 
 
@@ -140,9 +140,9 @@ def test_non_finite_values_pass_through(bad: float, points: int) -> None:
     with torch.no_grad():
         w = flow.forward_and_log_det(v)[0]
         with in_torch():
-            wanted = flow.forward_and_log_det(v)[0]
+            expected = flow.forward_and_log_det(v)[0]
     assert not torch.isfinite(w[1]).all()
-    assert torch.allclose(w, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.allclose(w, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     rest = [row for row in range(points) if row != 1]
     assert torch.isfinite(w[rest]).all()
 
@@ -203,12 +203,12 @@ def test_points_are_divided_among_threads(parts: int, points: int) -> None:
         w, log_det = flow.forward_and_log_det(v)
         return [w.detach(), log_det.detach(), *torch.autograd.grad((w.sum() + log_det).sum(), [v, *flow.parameters()])]
 
-    wanted = results()
+    expected = results()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threads, "LEAST_WORK", 1)
         patch.setattr(torch, "get_num_threads", lambda: parts)
-        found = results()
-    for one, other in zip(found, wanted, strict=True):
+        actual = results()
+    for one, other in zip(actual, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -217,20 +217,20 @@ def test_several_callers_at_once() -> None:
     flow = build("MAF", Architecture(6, 1, 2, [32, 32], "relu", "reverse", 0), torch.float64, "cpu")
     batches = [torch.randn(50 + 10 * index, 6, dtype=torch.float64) for index in range(6)]
     with torch.no_grad():
-        wanted = [flow.forward_and_log_det(x)[0] for x in batches]
-    found: list[Any] = [None] * len(batches)
+        expected = [flow.forward_and_log_det(x)[0] for x in batches]
+    actual: list[Any] = [None] * len(batches)
 
     def work(index: int) -> None:
         with torch.no_grad():
             for _ in range(20):
-                found[index] = flow.forward_and_log_det(batches[index])[0]
+                actual[index] = flow.forward_and_log_det(batches[index])[0]
 
     callers = [threading.Thread(target=work, args=(index,)) for index in range(len(batches))]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
 
@@ -346,9 +346,9 @@ def run(interpreter: subprocess.Popen[str], tmp_path: Path) -> Run:
     return answer
 
 
-@pytest.mark.parametrize(("code", "said"), [(FORKED, "7"), (FORKED_BEFORE, "0")])
-def test_a_forked_process_has_threads_of_its_own(code: str, said: str, run: Run) -> None:
-    assert run(code) == (f"{said}\n", "")
+@pytest.mark.parametrize(("code", "printed"), [(FORKED, "7"), (FORKED_BEFORE, "0")])
+def test_a_forked_process_has_threads_of_its_own(code: str, printed: str, run: Run) -> None:
+    assert run(code) == (f"{printed}\n", "")
 
 
 SAMPLE = "import sys, torch, pyro_maf\nwith torch.no_grad(): pyro_maf.MAF(2, hidden_dims=[4])(torch.zeros(3, 2))\n"
@@ -427,7 +427,7 @@ def test_compiled_layers_agree_with_plain_operations(name: str, direction: Any, 
         parameter.requires_grad_(frozen in ("none", "inputs"))
     v = (3 * torch.randn(2, 4, a.input_dim, dtype=torch.float64)).requires_grad_(frozen != "inputs")
     context = torch.randn(4, a.context_dim, dtype=torch.float64, requires_grad=frozen != "inputs")
-    wanted = [tensor for tensor in (v, context, *parameters) if tensor.requires_grad]
+    expected = [tensor for tensor in (v, context, *parameters) if tensor.requires_grad]
 
     def results() -> tuple[Tensor, Tensor]:
         return direction(layer)(v, context if layer.context_dim else None)  # type: ignore[no-any-return]
@@ -435,15 +435,15 @@ def test_compiled_layers_agree_with_plain_operations(name: str, direction: Any, 
     def derivatives() -> list[Tensor]:
         w, log_det = results()
         loss = w.sin().sum() + log_det.square().sum()
-        first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True, allow_unused=True)
+        first = torch.autograd.grad(loss, expected, create_graph=True, materialize_grads=True, allow_unused=True)
         slope = sum(one.square().sum() for one in first)
-        second = torch.autograd.grad(slope, wanted, materialize_grads=True, allow_unused=True)
-        once = torch.autograd.grad(results()[0].sin().sum(), wanted, materialize_grads=True, allow_unused=True)
+        second = torch.autograd.grad(slope, expected, materialize_grads=True, allow_unused=True)
+        once = torch.autograd.grad(results()[0].sin().sum(), expected, materialize_grads=True, allow_unused=True)
         return [w, log_det, *first, *second, *once]
 
     with in_torch():
         plain = derivatives()
-    found = derivatives()
+    actual = derivatives()
     assert "_Layers" in str([node for node, _ in results()[1].grad_fn.next_functions] + [results()[1].grad_fn])
-    for one, other in zip(found, plain, strict=True):
+    for one, other in zip(actual, plain, strict=True):
         assert torch.allclose(one, other, rtol=1e-8, atol=1e-8 * float(1 + other.detach().norm()))

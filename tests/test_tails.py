@@ -38,10 +38,10 @@ def test_a_normal_variable_becomes_students_t(freedom: float, nats: float) -> No
     # Wallace's constant, the scale of the normal variable, is near 1 and left to the preceding layers.
     scale = (8 * freedom + 3) / (8 * freedom + 1)
     scaled, log_det = layer.inverse_and_log_det(y[:, None])
-    found = Normal(0.0, 1.0).log_prob(scaled[:, 0] / scale) - log_det - math.log(scale)
-    wanted = StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(y)
+    actual = Normal(0.0, 1.0).log_prob(scaled[:, 0] / scale) - log_det - math.log(scale)
+    expected = StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(y)
     assert (
-        abs(float(torch.trapezoid(wanted.exp() * (wanted - found), y))) < nats
+        abs(float(torch.trapezoid(expected.exp() * (expected - actual), y))) < nats
     )  # 0.04 for a normal and 3 degrees of freedom
 
 
@@ -96,8 +96,8 @@ def test_gradients_in_closed_form_are_those_of_differentiation(weight: float, de
         loss = y.square().sum() + log_det.sum()
         closed = torch.autograd.grad(loss, [x, layer.free], retain_graph=True)
         differentiated = torch.autograd.grad(loss, [x, layer.free], create_graph=True)
-        for found, wanted in zip(closed, differentiated, strict=True):
-            assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-11)
+        for actual, expected in zip(closed, differentiated, strict=True):
+            assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-11)
         assert float(closed[1].abs().min()) > 0  # also at 0, where a weight can get either sign
 
 
@@ -170,14 +170,14 @@ def test_both_engines_agree(dtype: torch.dtype, shape: tuple[int, ...], monkeypa
     layer = Tails(3, loc=torch.tensor([0.0, 1.0, -5.0]), scale=torch.tensor([1.0, 0.1, 40.0])).to(dtype)
     torch.nn.init.normal_(layer.free, std=0.5)
     x = (10 * torch.randn(shape, dtype=dtype)).requires_grad_()
-    found = []
+    actual = []
     for kernels in (compiled_kernels, lambda: None):
         monkeypatch.setattr("pyro_maf.transforms.tails.kernels", kernels)
         for direction in (layer.forward_and_log_det, layer.inverse_and_log_det):
             y, log_det = direction(x)
             loss = y.tanh().sum() + log_det.sum()
-            found.append([y, log_det, *torch.autograd.grad(loss, [x, layer.free])])
+            actual.append([y, log_det, *torch.autograd.grad(loss, [x, layer.free])])
     allowed = 1e-11 if dtype == torch.float64 else 2e-5
-    for compiled, wanted in zip(found[:2], found[2:], strict=True):
-        for one, other in zip(compiled, wanted, strict=True):
+    for compiled, expected in zip(actual[:2], actual[2:], strict=True):
+        for one, other in zip(compiled, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=allowed, atol=allowed)

@@ -47,9 +47,9 @@ def test_compiles_in_one_graph_with_its_gradient(which: int) -> None:
     tensors = list(score.parameters())
     for _ in range(2):
         y = torch.randn(5, 3, dtype=double, requires_grad=True)
-        found, wanted = compiled(y), score(y)
-        torch.testing.assert_close(found, wanted)
-        slopes = (torch.autograd.grad(value.sum(), [y, *tensors]) for value in (found, wanted))
+        actual, expected = compiled(y), score(y)
+        torch.testing.assert_close(actual, expected)
+        slopes = (torch.autograd.grad(value.sum(), [y, *tensors]) for value in (actual, expected))
         torch.testing.assert_close(*slopes)
         with torch.no_grad():
             tensors[0].mul_(1.5)
@@ -70,8 +70,8 @@ def test_derivatives_by_torch_func(which: int) -> None:
         torch.testing.assert_close(vmap(second)(y), bends)
     by_row = vmap(grad(lambda values, row: functional_call(score, values, (row,))), in_dims=(None, 0))(parameters, y)
     for index, row in enumerate(rows):
-        wanted = torch.autograd.grad(score(row), list(parameters.values()))
-        torch.testing.assert_close([slope[index] for slope in by_row.values()], list(wanted))
+        expected = torch.autograd.grad(score(row), list(parameters.values()))
+        torch.testing.assert_close([slope[index] for slope in by_row.values()], list(expected))
 
 
 def test_an_ensemble_is_one_call() -> None:

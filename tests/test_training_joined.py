@@ -75,14 +75,14 @@ def test_a_step_is_that_of_autograd(flow: str, weighted: bool, support: str) -> 
         batch = batch._replace(weights=torch.rand(30) + 0.5)
     for parameter in density.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
-    wanted = MaximumLikelihood(density, Processes()).step(batch)
+    expected = MaximumLikelihood(density, Processes()).step(batch)
     objective = objective_of(density, Processes())
     assert type(objective) is JoinedLikelihood
-    loss, count, found = descent(objective, batch)
+    loss, count, actual = descent(objective, batch)
     tolerance = 1e-10 if flow == "double" else 1e-5
-    assert loss == pytest.approx(float(wanted.loss), rel=tolerance)
-    assert count == wanted.rows == 30
-    for part, gradient in zip(objective.split([found]), wanted.gradients, strict=True):
+    assert loss == pytest.approx(float(expected.loss), rel=tolerance)
+    assert count == expected.rows == 30
+    for part, gradient in zip(objective.split([actual]), expected.gradients, strict=True):
         assert gradient is not None
         assert torch.allclose(part, gradient, rtol=tolerance, atol=tolerance * float(1 + gradient.norm()))
 
@@ -90,10 +90,10 @@ def test_a_step_is_that_of_autograd(flow: str, weighted: bool, support: str) -> 
 def test_a_step_in_torch_has_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     density = FlowPrior(small())
     objective, batch = objective_of(density, Processes()), rows(density)
-    *found, gradient = descent(objective, batch)
+    *actual, gradient = descent(objective, batch)
     monkeypatch.setattr("pyro_maf.sweep.function.Run.inputs", lambda *_: None)
-    *wanted, by_torch = descent(objective, batch)
-    assert found == pytest.approx(wanted, rel=1e-5)
+    *expected, by_torch = descent(objective, batch)
+    assert actual == pytest.approx(expected, rel=1e-5)
     assert torch.allclose(gradient, by_torch, rtol=1e-4, atol=1e-6)
     assert all(parameter.grad is None for parameter in density.parameters())
 
@@ -106,14 +106,14 @@ def test_a_fit_is_that_of_autograd(flow: str, limit: float, monkeypatch: pytest.
     context = torch.randn(300, 2, generator=generator, dtype=double) if flow == "conditional" else None
     if flow != "double":
         data, context = data.float(), None if context is None else context.float()
-    found = fit(FLOWS[flow](), data, context=context, max_grad_norm=limit, **OPTIONS)
+    actual = fit(FLOWS[flow](), data, context=context, max_grad_norm=limit, **OPTIONS)
     monkeypatch.setattr(loop, "objective_of", MaximumLikelihood)
-    wanted = fit(FLOWS[flow](), data, context=context, max_grad_norm=limit, **OPTIONS)
+    expected = fit(FLOWS[flow](), data, context=context, max_grad_norm=limit, **OPTIONS)
     tolerance = 1e-8 if flow == "double" else 2e-3
-    assert found.validation_loss == pytest.approx(wanted.validation_loss, rel=tolerance)
-    assert found.train_loss == pytest.approx(wanted.train_loss, rel=tolerance)
-    theirs = seen(wanted.density)
-    for name, tensor in seen(found.density).items():
+    assert actual.validation_loss == pytest.approx(expected.validation_loss, rel=tolerance)
+    assert actual.train_loss == pytest.approx(expected.train_loss, rel=tolerance)
+    theirs = seen(expected.density)
+    for name, tensor in seen(actual.density).items():
         assert torch.allclose(tensor, theirs[name], rtol=tolerance, atol=tolerance), name
 
 
@@ -132,11 +132,11 @@ def test_a_checkpoint_is_that_of_a_fit_by_autograd(tmp_path: Path, monkeypatch: 
     fit(small(), data, folder=tmp_path / "joined", **OPTIONS)
     monkeypatch.setattr(loop, "objective_of", MaximumLikelihood)
     fit(small(), data, folder=tmp_path / "plain", **OPTIONS)
-    found, wanted = (Checkpoint.read(next((tmp_path / name).glob("checkpoint*"))) for name in ("joined", "plain"))
-    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
-        name: tensor.shape for name, tensor in wanted.tensors.items()
+    actual, expected = (Checkpoint.read(next((tmp_path / name).glob("checkpoint*"))) for name in ("joined", "plain"))
+    assert {name: tensor.shape for name, tensor in actual.tensors.items()} == {
+        name: tensor.shape for name, tensor in expected.tensors.items()
     }
-    assert torch.equal(found.tensors["optimizer/3/step"], wanted.tensors["optimizer/3/step"])
+    assert torch.equal(actual.tensors["optimizer/3/step"], expected.tensors["optimizer/3/step"])
     monkeypatch.undo()
     for name in ("joined", "plain"):
         resumed = fit(small(), data, folder=tmp_path / name, resume=True, **{**OPTIONS, "max_epochs": 5})

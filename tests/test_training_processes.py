@@ -53,9 +53,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_of_torchrun_fit_what_one_does(alone: Path, tmp_path: Path) -> None:
-    said = run(tmp_path, "torchrun")
+    printed = run(tmp_path, "torchrun")
     for kind in MODELS:
-        first, second = (line.split(":")[1] for line in said if f" {kind}:" in line)
+        first, second = (line.split(":")[1] for line in printed if f" {kind}:" in line)
         assert first == second
         assert first.endswith(" False")  # nothing is shared any longer
         assert apart(alone / kind, tmp_path / kind) < 1e-8, kind
@@ -66,12 +66,12 @@ def test_two_processes_of_torchrun_fit_what_one_does(alone: Path, tmp_path: Path
         "log_prob to depend on every weight, but not on model.idle: freeze it by requires_grad_(False).",
     ]
     for rank in (0, 1):
-        refused = [line for line in said if line.startswith(f"rank {rank} refused: fit ")]
+        refused = [line for line in printed if line.startswith(f"rank {rank} refused: fit ")]
         assert len(refused) == 3
         assert all(any(line.endswith(refusal) for line in refused) for refusal in refusals)
 
 
 def test_two_processes_of_fabric_fit_what_one_does(alone: Path, tmp_path: Path) -> None:
-    said = run(tmp_path, "fabric")
-    assert [line.split(":")[0] for line in said] == ["rank 0 maf", "rank 1 maf"]
+    printed = run(tmp_path, "fabric")
+    assert [line.split(":")[0] for line in printed] == ["rank 0 maf", "rank 1 maf"]
     assert apart(alone / "maf", tmp_path / "maf") < 1e-8

@@ -70,9 +70,9 @@ def check(made: MADE, points: int, *, inverse: bool, context: Tensor | None = No
     v, grad_w = 3 * torch.randn(2, points, made.input_dim, device=device)
     grad_log_det = torch.randn(points, device=device)
     with torch.no_grad():
-        wanted = both_walks(exact, v.double(), grad_w.double(), grad_log_det.double())
+        expected = both_walks(exact, v.double(), grad_w.double(), grad_log_det.double())
         results = both_walks(kernels, v, grad_w, grad_log_det)
-    for result, want in zip(results, wanted, strict=True):
+    for result, want in zip(results, expected, strict=True):
         assert result.shape == want.shape
         assert float((result - want).norm()) <= 1e-6 * max(1.0, float(want.norm()))
 
@@ -111,9 +111,9 @@ def test_non_finite_values_stay_in_their_row(device: str, bad: float) -> None:
     v[1, 0] = bad
     with torch.no_grad():
         (want, want_log_det, _), (w, log_det, _) = exact.forward(v.double()), kernels.forward(v)
-    for result, wanted in ((w, want), (log_det, want_log_det)):
-        assert torch.equal(result.isnan(), wanted.isnan())
-        assert torch.allclose(result.double(), wanted, rtol=1e-5, equal_nan=True)
+    for result, expected in ((w, want), (log_det, want_log_det)):
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.allclose(result.double(), expected, rtol=1e-5, equal_nan=True)
 
 
 def test_kernels_compile_without_a_device() -> None:

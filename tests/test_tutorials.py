@@ -164,8 +164,8 @@ def test_a_notebook_that_fails_or_warns_is_unchanged(
 
 
 def test_that_kernels_are_compiled_is_no_warning_and_is_not_stored(notebook: Path, runner: ModuleType) -> None:
-    said = "pyro-maf compiles its kernels for this machine and single precision, once: about 15 seconds."
-    change_last_cell(notebook, f"import sys; print({said!r}, file=sys.stderr)")
+    message = "pyro-maf compiles its kernels for this machine and single precision, once: about 15 seconds."
+    change_last_cell(notebook, f"import sys; print({message!r}, file=sys.stderr)")
     assert runner.main([str(notebook)]) == 0
     assert code_of(read(notebook))[-1].outputs == []
 

@@ -155,10 +155,10 @@ def test_engines_agree_inside_the_box_at_its_edges_and_beyond(
     v = 3 * torch.randn(400, dtype=double)
     v[:6] = torch.tensor([1e4, -1e4, 50.0, -50.0, 3.1, -3.1])
     flow = as_flow(univariate, double)
-    found = through(flow, v, phi, inverse=inverse)
+    actual = through(flow, v, phi, inverse=inverse)
     with in_torch():
-        wanted = through(flow, v, phi, inverse=inverse)
-    for one, other in zip(found, wanted, strict=True):
+        expected = through(flow, v, phi, inverse=inverse)
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-10)
 
 
@@ -173,11 +173,11 @@ def test_engines_agree_at_every_knot(spline: Spline, dtype: torch.dtype) -> None
     flow = as_flow(spline, dtype)
     for knots, inverse in ((data, True), (noise, False)):
         for at in range(spline.num_bins + 1):
-            found = through(flow, knots[:, at], phi, inverse=inverse)
+            actual = through(flow, knots[:, at], phi, inverse=inverse)
             with in_torch():
-                wanted = through(flow, knots[:, at], phi, inverse=inverse)
-            assert all(bool(torch.isfinite(each).all()) for each in found)
-            for one, other in zip(found[:2], wanted[:2], strict=True):
+                expected = through(flow, knots[:, at], phi, inverse=inverse)
+            assert all(bool(torch.isfinite(each).all()) for each in actual)
+            for one, other in zip(actual[:2], expected[:2], strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-11 if dtype == double else 1e-4)
 
 
@@ -236,10 +236,10 @@ def test_what_is_not_finite_passes_through_both_engines_alike(univariate: Univar
     phi[3, 0], phi[4], phi[5, -1], phi[6, 1:] = math.inf, math.nan, math.nan, math.inf
     flow = as_flow(univariate, dtype)
     for direction in (flow.forward_and_log_det, flow.inverse_and_log_det):
-        found = direction(v[:, None], phi)
+        actual = direction(v[:, None], phi)
         with in_torch():
-            wanted = direction(v[:, None], phi)
-        for one, other in zip(found, wanted, strict=True):
+            expected = direction(v[:, None], phi)
+        for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
