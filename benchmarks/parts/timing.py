@@ -118,12 +118,13 @@ def take_turns(
     lengths: dict[str, float] = {}
     running = []
     for contender in contenders:
-        times[contender.name].note = _reason_not_to_run(contender, longest_call, memory)
-        if times[contender.name].note:
+        measured = times[contender.name]
+        measured.note = _reason_not_to_run(contender, longest_call, memory)
+        if measured.note:
             continue
         first = once(contender.call)
         if contender.predicted is not None and not contender.compiles and first > LONG:
-            times[contender.name].rounds[0] = [first]
+            measured.rounds[0] = [first]
         else:
             lengths[contender.name] = once(contender.call)
             running.append(contender)

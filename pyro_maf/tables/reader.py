@@ -108,11 +108,12 @@ class Reader:
         self._check_inside(table)
         more = f" ({context_size})" if context_size else ""
         check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
-        weight = None if weights is None else self._weights(weights, len(table))
+        weight = None
         if weights is not None:
-            check_paired(self.who, f"{self.role}data", data, f"{self.role}weights", weights)
-        if weight is not None and self.places is None and weight[0] > 0 and bool((weight == weight[0]).all()):
-            weight = None  # equal weights are equivalent to none
+            weight = self._weights(weights, len(table))
+            self.check_paired(data, weights, "weights")
+            if self.places is None and weight[0] > 0 and bool((weight == weight[0]).all()):
+                weight = None  # equal weights are equivalent to none
         if context is None:
             return Rows(table, None, weight)
         context_table = self._table("context", context, self.context_width, context_size, self.context_shape)
@@ -120,9 +121,9 @@ class Reader:
         self.check_paired(data, context)
         return Rows(table, context_table, weight)
 
-    def check_paired(self, data: TableLike, context: TableLike) -> None:
-        """Check that the context has the length and order of the data."""
-        check_paired(self.who, f"{self.role}data", data, f"{self.role}context", context)
+    def check_paired(self, data: TableLike, other: TableLike, name: str = "context") -> None:
+        """Check that the context, or other values of this name, have the length and order of the data."""
+        check_paired(self.who, f"{self.role}data", data, f"{self.role}{name}", other)
 
     def check_training(self, rows: Rows, *, of_context: bool = True, of_draws: bool = False) -> None:
         """Check that there are enough rows, which chains of draws may lack, and that all columns vary.
