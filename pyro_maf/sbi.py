@@ -29,7 +29,7 @@ from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.flows import StackOptions
 from pyro_maf.nn import compress_tails, default_hidden_dims
 from pyro_maf.support import Support, SupportLike
-from pyro_maf.tables.units import Moments, context_moments_of, moments_of
+from pyro_maf.tables.moments import Moments, context_moments_of, moments_of
 from pyro_maf.transforms import Stack
 from pyro_maf.univariate import Spline
 

@@ -17,7 +17,8 @@ from pyro_maf.distributions import MixtureFlow
 from pyro_maf.distributions.gaussian_mixture import GaussianMixture
 from pyro_maf.experiments import candidates, compare
 from pyro_maf.tables.mixture import Mixture, fit_mixture
-from pyro_maf.tables.units import moments_of, units_of
+from pyro_maf.tables.moments import moments_of
+from pyro_maf.tables.units import units_of
 from pyro_maf.training.choice import DefaultFlow, default_model
 from pyro_maf.training.preparation import Recipe
 

@@ -16,8 +16,9 @@ from pyro_maf import MAF, ConditionalMAF, fit
 from pyro_maf._core.processes import Processes
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, disk
+from pyro_maf.tables.moments import moments_of
 from pyro_maf.tables.rows import Split
-from pyro_maf.tables.units import moments_of, units_of
+from pyro_maf.tables.units import units_of
 from pyro_maf.training import batches as batches_module
 from pyro_maf.training.batches import Batches
 from tests.fits import GAUSSIAN, gaussian_rows, mean_log_prob, same, seeded, weights

@@ -18,7 +18,8 @@ from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, 
 from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.support import Support
 from pyro_maf.tables import disk
-from pyro_maf.tables.units import context_moments_of, moments_of, units_of
+from pyro_maf.tables.moments import context_moments_of, moments_of
+from pyro_maf.tables.units import units_of
 from tests.fits import mean_log_prob, same, seeded, weights
 
 OFFSET, SCALE = 5.4e6, 0.1

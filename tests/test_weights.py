@@ -22,7 +22,7 @@ from pyro_maf.datasets import read_table
 from pyro_maf.report import write_report
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, disk
-from pyro_maf.tables.units import context_moments_of, moments_of
+from pyro_maf.tables.moments import context_moments_of, moments_of
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.screening import screen_data
 from tests.fits import gaussian_rows, same, small_maf, weights

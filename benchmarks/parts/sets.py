@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pyro_maf import datasets
 from pyro_maf.datasets import Dataset, LogitPixels
 from pyro_maf.experiments import SETTINGS
-from pyro_maf.tables.units import moments_of
+from pyro_maf.tables.moments import moments_of
 
 NARROW, WIDE, WIDEST = 100, 512, 1024
 """Units of a hidden layer in the paper: up to 8 dimensions, from 21 to 63, and for images."""

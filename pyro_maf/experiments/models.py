@@ -15,7 +15,7 @@ from pyro_maf._core.checks import check_choice, check_positive, check_seed
 from pyro_maf._core.options import signature_of
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.tables.units import plain_moments_of
+from pyro_maf.tables.moments import plain_moments_of
 from pyro_maf.training.preparation import Model
 from pyro_maf.transforms import ConditionalFlow, Coupling, Flow, LowerTriangularAffine, Stack
 

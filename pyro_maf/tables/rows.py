@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_maf.support import Support
-from pyro_maf.tables.units import Moments, context_moments_of, moments_of
+from pyro_maf.tables.moments import Moments, context_moments_of, moments_of
 
 __all__ = [
     "Rows",

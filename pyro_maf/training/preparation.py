@@ -24,11 +24,12 @@ from pyro_maf.distributions.steps import dequantised
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import TableLike
+from pyro_maf.tables.moments import Moments
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import hash_rows, repeat_as_a_whole
 from pyro_maf.tables.table import Table
-from pyro_maf.tables.units import Moments, Units, units_of
+from pyro_maf.tables.units import Units, units_of
 from pyro_maf.training.kinds import Kinds, grids_of
 from pyro_maf.training.parts import Aside, divide, fractions_of, without_far_rows
 from pyro_maf.training.screening import screen_data
