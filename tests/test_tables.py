@@ -33,8 +33,8 @@ from pyro_maf import MAF, fit, fit_prior
 from pyro_maf.datasets import read_table
 from pyro_maf.tables import sources
 from pyro_maf.tables import table as table_module
-from pyro_maf.tables.disk import temporary_file
 from pyro_maf.tables.layout import Layout
+from pyro_maf.tables.spool import temporary_file
 
 ROWS = 50
 NAMES = ("length", "width", "height")
@@ -388,7 +388,7 @@ def test_rows_are_counted_across_batches(tmp_path: Path) -> None:
 
 
 def test_temporary_files_are_gone_when_the_program_ends() -> None:
-    code = "from pyro_maf.tables.disk import temporary_file; print(temporary_file('.table'))"
+    code = "from pyro_maf.tables.spool import temporary_file; print(temporary_file('.table'))"
     path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert os.path.basename(os.path.dirname(path)).startswith("pyro-maf-")
     assert not os.path.exists(os.path.dirname(path))

@@ -1,21 +1,14 @@
-"""Rows that do not fit in memory: written to temporary files, and read a few blocks at a time."""
+"""Rows that do not fit in memory: mapped from a file, and read a few blocks at a time."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import math
 import mmap
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from io import BufferedWriter
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -23,22 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import NUMERIC_KINDS, FloatArray, TableLike, number_of_rows, part_of
+from pyro_maf.tables.layout import NUMERIC_KINDS, TableLike, number_of_rows, part_of
 from pyro_maf.tables.reader import Reader
 from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Rows, Split, Standardiser, hash_rows, mixed
 
-if TYPE_CHECKING:
-    from _typeshed import SupportsRead
-
-__all__ = ["MappedRows", "Spool", "copied", "is_mapped", "temporary_file"]
+__all__ = ["MappedRows", "is_mapped"]
 
 IN_MEMORY = 2**29
 BLOCK_BYTES = 2**20
 """Size of a table, in bytes, beyond which it is read in blocks, and size of a block."""
 MOST_HELD, MOST_SAMPLED = 2**18, 2**16
 """Maximum number of validation rows, and of rows sampled for units and batch norm."""
-SPOOLED_ROWS = 2**14
-RESOLUTION = 1e-4
 COUNTED = 0.1
 """Fraction of the rows among which copies are counted if no rows are held out."""
 
@@ -95,7 +83,7 @@ class MappedRows:
         self._sample: Rows | None = None
         self._leaves = False
         self._density: Standardiser | None = None
-        self._total_weight = float(len(data))
+        self._weight_factor = 1.0
         self.digest = b""
         self.dtypes = self.take(slice(0, self.block)).dtypes
 
@@ -148,60 +136,50 @@ class MappedRows:
         Raises:
             InputError: As `take`, and for columns that do not vary.
         """
-        fraction = min(fraction, MOST_HELD / len(self.data))
+        fraction, seed = min(fraction, MOST_HELD / len(self.data)), generator.initial_seed()
+        survey = self._survey(fraction, seed)
+        hashes, copies = np.unique(np.concatenate(survey.hashes), return_counts=True)
         training = copy.copy(self)
-        repeats = training._survey(fraction, generator.initial_seed(), by_chance)
-        self.weights = training.weights  # None if all are equal
-        held_out, places, sample, training.sizes = [], [], [], []
+        training._leaves = survey.leaves_in_float32
+        training._choice = _Choice(fraction, seed)
+        if not by_chance:
+            training._choice = _Choice.of(hashes, copies, fraction, len(self.data), seed)
+        if survey.lightest < survey.heaviest:
+            training.digest = survey.digest.digest()
+        else:
+            training.weights = None
         share = min(1.0, MOST_SAMPLED / ((1 - fraction) * len(self.data)))
-        for start in self.starts:
-            rows = self._whole(start)
-            aside = training._choice.mask(start, rows)
-            held_out.append(rows.take(aside))
-            places.append(start + aside.nonzero()[:, 0])
-            rest = rows.take(~aside)
-            training.sizes.append(len(rest.data))
-            sample.append(rest.take(training._choice.shuffled(start, rest)[: math.ceil(share * len(rest.data))]))
-        training._sample, aside_rows = _joined(sample), _joined(held_out)
-        if aside_rows.weights is not None:
-            training._total_weight -= float(aside_rows.weights.sum())
-            self._reader.check_some_weight(training._total_weight)
-        return Split(training, aside_rows, torch.cat(places), repeats)
-
-    def _survey(self, fraction: float, seed: int, by_chance: bool) -> int:
-        """Scan every row once: choose the validation rows, and return the number of repeats."""
-        extremes, weights, total = list[Rows](), hashlib.sha256(), 0.0
-        # Somewhat more than are to be held out, as a margin for chance.
-        share = min(1.0, 1.5 * (fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
-        counted, first, are_equal = [], None, True
-        for start in self.starts:
-            rows = self._whole(start)
-            extremes.append(_extremes(rows.counted))
-            if rows.weights is not None:
-                weights.update(rows.weights.numpy().tobytes())
-                total += float(rows.weights.sum())
-                first = rows.weights[0] if first is None else first
-                are_equal = are_equal and bool((rows.weights == first).all())
-            self._leaves = self._leaves or (
-                self._reader.support is not None and rows.leaves_in_float32(self._reader.support)
-            )
-            hashes = hash_rows(rows)
-            counted.append(np.unique(hashes[_uniform_of(hashes, seed) < share], return_counts=True))
-        if self.weights is not None:
+        blocks = [training._divided(start, share) for start in self.starts]
+        training.sizes = [block.size for block in blocks]
+        training._sample = _joined([block.sample for block in blocks])
+        held_out = _joined([block.held_out for block in blocks])
+        if held_out.weights is not None:
+            total = survey.total_weight - float(held_out.weights.sum())
             self._reader.check_some_weight(total)
-            self._total_weight, self.digest = total, weights.digest()
-            if are_equal:
-                self.weights, self._total_weight, self.digest = None, float(len(self.data)), b""
-        self._reader.check_varying(_joined(extremes))
-        if by_chance:
-            self._choice = _Choice(fraction, seed)
-            return 0
-        each, copies = map(np.concatenate, zip(*counted, strict=True))
-        hashes, place = np.unique(each, return_inverse=True)
-        number = np.bincount(place, copies).astype(np.int64)
-        self._choice = _Choice.of(hashes, number, fraction, len(self.data), seed)
+            training._weight_factor = sum(training.sizes) / total
         # The copies of a row are counted either all or not at all.
-        return round(len(self.data) * (1 - len(number) / max(1, number.sum())))
+        repeats = 0 if by_chance else round(len(self.data) * (1 - len(hashes) / max(1, copies.sum())))
+        return Split(training, held_out, torch.cat([block.places for block in blocks]), repeats)
+
+    def _survey(self, fraction: float, seed: int) -> _Survey:
+        """Read and check every row once."""
+        # Somewhat more rows are counted than are to be held out, as a margin for chance.
+        share = min(1.0, 1.5 * (fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
+        survey = _Survey(self._reader.support, share, seed)
+        for start in self.starts:
+            survey.add(self._whole(start))
+        if self.weights is not None:
+            self._reader.check_some_weight(survey.total_weight)
+        self._reader.check_varying(_joined(survey.extremes))
+        return survey
+
+    def _divided(self, start: int, share: float) -> _Divided:
+        """Divide the block that starts at row `start`, and sample a share of its training rows."""
+        rows = self._whole(start)
+        aside = self._choice.mask(start, rows)
+        rest = rows.take(~aside)
+        sample = rest.take(self._choice.shuffled(start, rest)[: math.ceil(share * len(rest.data))])
+        return _Divided(rows.take(aside), start + aside.nonzero()[:, 0], sample, len(rest.data))
 
     def _whole(self, start: int) -> Rows:
         return self.take(slice(start, start + self.block))
@@ -214,9 +192,62 @@ class MappedRows:
             rows = rows.rounded_for(self._density)
             self._reader.at(range(start, start + self.block)).check_rounded(rows, self._density)
         rows = rows.take(~aside)
-        if rows.weights is None:
-            return rows
-        return rows._replace(weights=rows.weights * (sum(self.sizes) / self._total_weight))
+        return rows if rows.weights is None else rows._replace(weights=rows.weights * self._weight_factor)
+
+
+class _Divided(NamedTuple):
+    """A block of rows, divided.
+
+    Attributes:
+        held_out, places: Validation rows, and their indices in the table.
+        sample: Some of the training rows.
+        size: Number of training rows.
+    """
+
+    held_out: Rows
+    places: Tensor
+    sample: Rows
+    size: int
+
+
+@dataclass
+class _Survey:
+    """Statistics of all rows, collected block by block.
+
+    Attributes:
+        support: Support of the data.
+        share: Fraction of the distinct rows whose hashes are collected.
+        seed: Seed of that choice.
+        leaves_in_float32: Whether values leave the support, like `Rows.leaves_in_float32`.
+        extremes: Minimum and maximum of each column, block by block.
+        hashes: Hashes of the chosen rows; of equal rows, all or none.
+        total_weight, lightest, heaviest: Sum, minimum and maximum of the weights.
+        digest: Fingerprint of the weights.
+    """
+
+    support: Support | None
+    share: float
+    seed: int
+    leaves_in_float32: bool = False
+    extremes: list[Rows] = field(default_factory=list)
+    hashes: list[Hashes] = field(default_factory=list)
+    total_weight: float = 0.0
+    lightest: float = math.inf
+    heaviest: float = -math.inf
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def add(self, rows: Rows) -> None:
+        """Add a block."""
+        self.extremes.append(_extremes(rows.counted))
+        if self.support is not None and not self.leaves_in_float32:
+            self.leaves_in_float32 = rows.leaves_in_float32(self.support)
+        hashes = hash_rows(rows)
+        self.hashes.append(hashes[_uniform_of(hashes, self.seed) < self.share])
+        if rows.weights is not None:
+            self.total_weight += float(rows.weights.sum())
+            self.lightest = min(self.lightest, float(rows.weights.min()))
+            self.heaviest = max(self.heaviest, float(rows.weights.max()))
+            self.digest.update(rows.weights.numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -287,109 +318,3 @@ def _extremes(rows: Rows) -> Rows:
         data=torch.stack(rows.data.aminmax(dim=0)),
         context=None if rows.context is None else torch.stack(rows.context.aminmax(dim=0)),
     )
-
-
-class Spool:
-    """Rows of float64, collected in memory or, beyond a bound, in a temporary file; a context manager.
-
-    Example:
-        >>> with Spool(2, bound=16) as spool:
-        ...     for start in range(0, 6, 2):
-        ...         spool.append(np.arange(start, start + 2, dtype=np.float64).reshape(1, 2))
-        >>> rows = spool.rows()
-        >>> type(rows).__name__, rows.dtype.name, rows.tolist()
-        ('memmap', 'float32', [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
-    """
-
-    def __init__(self, width: int, bound: int) -> None:
-        self.length = 0
-        self._width = width
-        self._bound = bound
-        self._parts: list[NDArray[np.float64]] = []
-        self._file: BufferedWriter | None = None
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def append(self, rows: NDArray[np.float64]) -> None:
-        """Add rows, (n, width)."""
-        self._parts.append(np.ascontiguousarray(rows, np.float64))
-        self.length += len(rows)
-        if self._file is None and 8 * self.length * self._width > self._bound:
-            self._file = open(temporary_file(".float64"), "wb")  # noqa: SIM115 (closed by `__exit__`)
-        if self._file is not None:
-            for block in self._parts:
-                self._file.write(block.data)
-            self._parts.clear()
-
-    def rows(self, dtype: str | None = None) -> FloatArray:
-        """Return all rows, (length, width), as an array or a read-only `np.memmap` of the file; ends appending.
-
-        Their dtype is `dtype`, by default float32 if `float32_suffices`.
-        """
-        if self._file is None:
-            rows = np.concatenate(self._parts or [np.empty((0, self._width))])
-        else:
-            rows = np.memmap(self._file.name, np.float64, "r", shape=(self.length, self._width))
-        if dtype is None:
-            dtype = "float32" if float32_suffices(rows) else "float64"
-        if dtype == "float64":
-            return rows
-        if self._file is None:
-            return rows.astype(np.float32)
-        with open(temporary_file(".float32"), "wb") as file:
-            for block in _blocks(rows):
-                file.write(block.astype(np.float32).tobytes())
-        with suppress(OSError):  # some systems do not remove mapped files: it is removed at exit
-            os.unlink(self._file.name)
-        return np.memmap(file.name, np.float32, "r", shape=(self.length, self._width))
-
-
-def float32_suffices(rows: NDArray[np.float64]) -> bool:
-    """Return whether float32 is exact for every column, or resolves its interquartile range to 1e-4 of its width.
-
-    Not if another value would round to 0 or 1, where some supports end.
-
-    Example:
-        >>> float32_suffices(np.array([[20.1], [21.2], [22.3]])), float32_suffices(np.array([[5e6 + 0.1], [5e6]]))
-        (True, False)
-    """
-    exact = np.ones(rows.shape[1], bool)
-    for block in _blocks(rows):
-        rounded = block.astype(np.float32)
-        same = rounded == block
-        if (~same & ((rounded == 0) | (rounded == 1))).any():
-            return False
-        exact &= same.all(0)
-    low, high = np.quantile(rows[:: 1 + len(rows) // MOST_SAMPLED], [0.25, 0.75], axis=0)
-    magnitude = np.maximum(abs(low), abs(high))
-    return bool((exact | (np.finfo(np.float32).eps * magnitude <= RESOLUTION * (high - low))).all())
-
-
-def _blocks(rows: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-    return (rows[start : start + SPOOLED_ROWS] for start in range(0, len(rows), SPOOLED_ROWS))
-
-
-def temporary_file(suffix: str) -> Path:
-    """Create an empty file that is deleted when the program ends."""
-    descriptor, name = tempfile.mkstemp(suffix, dir=_folder().name)
-    os.close(descriptor)
-    return Path(name)
-
-
-def copied(stream: SupportsRead[bytes]) -> Path:
-    """Copy a binary stream to a temporary file."""
-    path = temporary_file(".table")
-    with open(path, "wb") as file:
-        shutil.copyfileobj(stream, file)
-    return path
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    # Windows cannot delete a file that is still mapped.
-    return tempfile.TemporaryDirectory(prefix="pyro-maf-", ignore_cleanup_errors=True)

@@ -31,8 +31,8 @@ from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import listed, quoted, require, shown
 from pyro_maf.tables.categories import Label
 from pyro_maf.tables.columns import Cells, Column, is_missing, is_text, number_in
-from pyro_maf.tables.disk import copied, temporary_file
 from pyro_maf.tables.layout import REAL_KINDS
+from pyro_maf.tables.spool import copied, temporary_file
 
 __all__ = ["ArraySource", "FileOrStream", "Source", "open_source"]
 

@@ -16,9 +16,9 @@ from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import listed, quoted
 from pyro_maf.tables.categories import Categories
 from pyro_maf.tables.columns import Cells, Column, Survey
-from pyro_maf.tables.disk import Spool
 from pyro_maf.tables.layout import NAMELESS, FloatArray, Layout
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
+from pyro_maf.tables.spool import Spool
 
 __all__ = ["Gaps", "Table", "read_table"]
 
