@@ -11,19 +11,15 @@ from torch import Tensor
 
 from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import Density, FlowPrior, TableDensity
-from pyro_maf.distributions.mixture_flow import MixtureFlow
-from pyro_maf.distributions.steps import POINTS, dequantised
-from pyro_maf.flows import NSF
+from pyro_maf.distributions.steps import POINTS
 from pyro_maf.sweep import OneThread
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.mixture import Mixture, fit_mixture
 from pyro_maf.tables.rows import mean_and_error
-from pyro_maf.training.preparation import Fitted, Prepared
+from pyro_maf.training.preparation import Fitted
 from pyro_maf.training.scores import log_prob_of
-from pyro_maf.training.start import FENCE
-from pyro_maf.transforms import Flow
 
-__all__ = ["Baseline", "Comparison", "compare", "fitted_rows", "with_mixture"]
+__all__ = ["Baseline", "Comparison", "compare", "fitted_rows", "gaussians_of", "in_units", "like", "prior_of", "spread"]
 
 MOST_ROWS, MOST_VALUES = 2**15, 2**21
 """Maximum number of training rows, and of values in them, that baselines are fitted to."""
@@ -34,14 +30,8 @@ MOST_PAIRS = 2**26
 """Maximum number of pairs of rows for a kernel density; more would take some seconds."""
 BANDWIDTHS, QUERIES = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.2), 256
 """Bandwidths that are tried, in units of N^(-1 / (D + 4)), and number of rows by which one is chosen."""
-WIDTHS, MOST_KERNELS = (0.02, 0.06, 0.2, 0.6), 2**18
-"""Widths of kernels beside a flow, in the same units, and the maximum number of values in the factors of one width."""
-SHARE_ITERATIONS, LEAST_SHARE = 100, 0.01
-"""Iterations for the weights of a mixture, and the minimum weight of a member."""
 BEHIND = 2.0
 """Number of standard errors from which on a flow is reported to be behind."""
-NOTICEABLE = 0.02
-"""Minimum gain, in nats per row, for which a mixture is added, since it may have a component at each row."""
 
 
 class Baseline(NamedTuple):
@@ -99,118 +89,23 @@ class Comparison(NamedTuple):
 
 def fitted_rows(training: Rows | MappedRows, density: Fitted) -> Rows:
     """Training rows for baselines: all of them or, of a large table, some from all over it."""
-    return _spread(training.sample().rounded_for(density.unwrapped), _most(training.data.shape[1]))
+    return spread(training.sample().rounded_for(density.unwrapped), _most(training.data.shape[1]))
 
 
 def _most(width: int) -> int:
     return min(MOST_ROWS, max(1, MOST_VALUES // width))
 
 
-def _spread(rows: Rows, most: int) -> Rows:
+def spread(rows: Rows, most: int) -> Rows:
     """At most `most` of the rows, evenly spaced."""
     total = len(rows.data)
     return rows if total <= most else rows.take(torch.linspace(0, total - 1, most).long())
 
 
-class Joined(NamedTuple):
-    """A fitted flow, or a mixture that contains it.
-
-    Attributes:
-        density: The density.
-        lines: A message about the mixture beside the flow, if there is one.
-        gaussians: The mixture of Gaussians fitted to the training rows in their units, if any.
-    """
-
-    density: Fitted
-    lines: tuple[str, ...] = ()
-    gaussians: Mixture | None = None
-
-
-def with_mixture(prepared: Prepared) -> Joined:
-    """Put a mixture of Gaussians and of kernels at the training rows beside a fitted flow if validation rows favour it.
-
-    This helps where a flow has to learn what these start with: clusters, if there are few rows, and the locations of
-    near copies, such as points of trajectories. The weights maximise the likelihood of the validation rows. They are
-    accepted if they gain 0.02 nats and by Akaike's criterion for few rows, gain > taken / (rows - taken - 1). No more
-    is required, because the same rows chose the flow's epoch, and the mixture can cost at most minus the logarithm of
-    the flow's weight.
-
-    Args:
-        prepared: The fitted density and its rows.
-
-    Cost: fitting a mixture of Gaussians, unless the flow started at one, and of kernels.
-    """
-    inner, training = prepared.density.unwrapped, prepared.training
-    held_out = _spread(prepared.validation.rows, SCORED_ROWS)
-    prior: FlowPrior = inner.prior if isinstance(inner, TableDensity) else inner
-    flow = _as_mixture_flow(prior.model)
-    if flow is None or isinstance(training, MappedRows) or prior.context_dim:
-        return Joined(prepared.density)
-    z, new = (_standardised(rows, prior, prepared.spacing) for rows in (training, held_out))
-    begun = flow is prior.model  # started at a mixture
-    gaussians = Mixture(*map(Tensor.double, flow.base.mixture)) if begun else _gaussians(training._replace(data=z))
-    each = [gaussians, *_kernels(z, training.weights)]
-    with torch.no_grad():
-        of_flow = flow.log_density(new.to(_like(prior))).cpu().double()
-        log_prob = torch.stack([of_flow, *(mixture.log_prob(new) for mixture in each)], 1)
-    shares = torch.full((len(each) + 1,), 1 / (len(each) + 1), dtype=torch.float64)
-    for _ in range(SHARE_ITERATIONS):
-        shares = held_out.weighted((shares.log() + log_prob).softmax(1).T).mean(1)
-        shares = torch.where(shares > LEAST_SHARE, shares, 0)
-        shares[0] = max(LEAST_SHARE, float(shares[0]))  # for rows far from all others
-        shares = shares / shares.sum()
-    gain = held_out.mean((shares.log() + log_prob).logsumexp(1) - of_flow)
-    beside, count, taken = 1 - float(shares[0]), len(new), int((shares[1:] > 0).sum())
-    if not (gain >= NOTICEABLE and gain * max(0, count - taken - 1) > taken):
-        return Joined(prepared.density, gaussians=gaussians)
-    parts = [
-        Mixture(mixture.shares * share / beside, mixture.means, mixture.factors)
-        for mixture, share in zip(each, shares[1:], strict=True)
-        if share
-    ]
-    whole = flow.put_beside(Mixture(*map(torch.cat, zip(*parts, strict=True))), beside).eval()
-    joined = _in_units(whole, prior, inner)
-    joined.name_columns(inner.layout, inner.context_layout)
-    line = (
-        f"fit put a mixture beside the flow, with shares of {shares[1]:.2f} for Gaussians and {shares[2:].sum():.2f} "
-        f"for kernels at the training rows: the validation rows gain {gain:.3f} nats by it, which happens if rows form "
-        "clusters or follow trajectories."
-    )
-    return Joined(joined, (line,), gaussians)
-
-
-def _as_mixture_flow(model: Flow | Density) -> MixtureFlow | None:
-    """A default model in a form that allows a mixture beside it, or None."""
-    if isinstance(model, MixtureFlow):
-        return model
-    if not isinstance(model, NSF) or model.input_dim == 1 or model.context_dim:
-        return None
-    around = MixtureFlow(**model.architecture)  # type: ignore[arg-type]
-    around.base.to(reference_tensor(model))
-    around.flow = model
-    return around.eval()
-
-
-def _standardised(rows: Rows, prior: FlowPrior, spacing: tuple[float, ...]) -> Tensor:
-    """Dequantised rows in the units of a fit, in float64 on the CPU."""
-    data = dequantised(rows.data, spacing, torch.Generator().manual_seed(0)) if spacing else rows.data
-    return prior.standardised(data.to(_like(prior).device)).cpu().double().clamp(-FENCE, FENCE)
-
-
-def _gaussians(rows: Rows) -> Mixture:
+def gaussians_of(rows: Rows) -> Mixture:
     """A mixture of Gaussians, with the number of components chosen by BIC."""
-    some = _spread(rows, MIXTURE_ROWS)
+    some = spread(rows, MIXTURE_ROWS)
     return fit_mixture(some.data, some.weights)
-
-
-def _kernels(z: Tensor, weights: Tensor | None) -> list[Mixture]:
-    """Mixtures of kernels of several widths at the rows, if there are few rows."""
-    rows, dim = z.shape
-    if rows * dim**2 > MOST_KERNELS:
-        return []
-    shares = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
-    scale = rows ** (-1 / (dim + 4)) * z.std(0, correction=0).clamp(min=1e-12)
-    return [Mixture(shares / shares.sum(), z, (width * scale).diag().expand(rows, dim, dim)) for width in WIDTHS]
 
 
 def compare(density: Fitted, training: Rows, rows: Rows, role: str, *, gaussians: Mixture | None = None) -> Comparison:
@@ -250,7 +145,7 @@ def _baselines(
     inner: FlowPrior | TableDensity, training: Rows, queries: int, gaussians: Mixture | None
 ) -> list[tuple[str, Density]]:
     """The baselines by name, in the units of a fitted density."""
-    prior: FlowPrior = inner.prior if isinstance(inner, TableDensity) else inner
+    prior = prior_of(inner)
     data, context = training.data, training.context
     if isinstance(inner, TableDensity):
         data, context = inner.of_prior(data, context)
@@ -260,7 +155,7 @@ def _baselines(
     scale = residuals.std(0, correction=0).clamp(min=1e-12)
     rows = Rows(residuals / scale, None, training.weights)
     if gaussians is None:
-        gaussians = _gaussians(rows)
+        gaussians = gaussians_of(rows)
     else:
         gaussians = Mixture(
             gaussians.shares, (gaussians.means - coefficients[0]) / scale, gaussians.factors / scale[:, None]
@@ -273,10 +168,10 @@ def _baselines(
         each["KDE"] = _KernelDensity(rows.data.float(), rows.weights).log_prob
     angles = prior.model.angles if isinstance(prior.model, Density) else ()
     models = ((name, _Regression(coefficients, scale, log_prob, angles)) for name, log_prob in each.items())
-    return [(name, _in_units(model.to(_like(prior)), prior, inner)) for name, model in models]
+    return [(name, in_units(model.to(like(prior)), prior, inner)) for name, model in models]
 
 
-def _in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity) -> FlowPrior | TableDensity:
+def in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity) -> FlowPrior | TableDensity:
     """A density of standardised numbers, converted to the units of a fitted one, with its categories and grids."""
     units = ("loc", "scale", "tails", *(("context_loc", "context_scale") if prior.context_dim else ()))
     baseline = FlowPrior(
@@ -290,9 +185,15 @@ def _in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity)
     return TableDensity(baseline, levels=inner.levels, grids=inner.grids, categorical=inner.categorical)
 
 
-def _like(prior: FlowPrior) -> Tensor:
-    like = reference_tensor(prior.model)
-    return torch.zeros(()) if like is None else like
+def prior_of(inner: FlowPrior | TableDensity) -> FlowPrior:
+    """The density of a table's numbers."""
+    return inner.prior if isinstance(inner, TableDensity) else inner
+
+
+def like(prior: FlowPrior) -> Tensor:
+    """A tensor in the dtype and on the device of a prior's model."""
+    tensor = reference_tensor(prior.model)
+    return torch.zeros(()) if tensor is None else tensor
 
 
 def _regressed(z: Tensor, features: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,11 @@ from pyro_maf.sweep import OneThread
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
-from pyro_maf.training.baselines import Joined, fitted_rows, with_mixture
+from pyro_maf.training.baselines import fitted_rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.choice import CHOSEN, RELAXATIONS, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
+from pyro_maf.training.mixture_beside import Joined, with_mixture
 from pyro_maf.training.preparation import Choice, Fitted, Model, Prepared, Recipe, Validation, prepare
 from pyro_maf.training.records import CheckpointFolder, checkpoints
 from pyro_maf.training.result import FitResult
