@@ -148,7 +148,7 @@ def check_context(who: str, context: object, context_dim: int, like: Tensor | No
         check_event(who, "context", context, context_dim, "context_dim", like)
 
 
-def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> None:
+def check_takes_gradient(module: nn.Module, like: Tensor | None) -> None:
     """Raise if a gradient is needed for parameters created in inference mode: torch would silently lose some.
 
     `like` is one of the module's tensors, or None.
@@ -157,9 +157,10 @@ def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> No
     if like is None or torch.compiler.is_compiling() or not like.is_inference() or not torch.is_grad_enabled():
         return
     if any(parameter.requires_grad for parameter in module.parameters()):
+        who = type(module).__name__
         raise RuntimeError(
-            f"{who} was built in inference mode, so its parameters take no gradient (Inference tensors cannot be saved "
-            "for backward): build it outside of torch.inference_mode, or call it under torch.no_grad."
+            f"{who} was built in inference mode, so its parameters take no gradient (Inference tensors "
+            "cannot be saved for backward): build it outside of torch.inference_mode, or call it under torch.no_grad."
         )
 
 

@@ -119,9 +119,9 @@ class Structure:
 
     def kinds(self) -> list[object] | None:
         """Dtype, place and size of each parameter, and version of each buffer; None if versions are not counted."""
-        of_parameters = (map(mark, self._parameters) for mark in (_dtype, _is_cpu, Tensor.size))
+        tensors = self._parameters
         try:
-            return [*chain.from_iterable(of_parameters), *map(_version, self._buffers)]
+            return [*map(_dtype, tensors), *map(_is_cpu, tensors), *map(_size, tensors), *map(_version, self._buffers)]
         except RuntimeError:  # inference tensors have none
             return None
 
@@ -159,7 +159,7 @@ class Structure:
 
 
 _count_of, _version = itemgetter(COUNT), attrgetter("_version")
-_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+_dtype, _is_cpu, _size = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("shape")
 
 
 def _settings(own: dict[str, Any], module: nn.Module) -> list[object]:

@@ -108,11 +108,9 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Log-density in nats, (\*batch,), of `value`, (\*batch, D), which broadcasts with `batch_shape`."""
-        self._check_has_context()
-        like = self.value_like
-        check_takes_gradient(self.name, self, like)
+        like = self._like()
         value = self.as_value(value, like)
-        if not self.batch_shape:
+        if not self._batch_shape:
             return without_autocast(self.log_density, value, like=like)
         try:
             batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
@@ -220,15 +218,17 @@ class Density(Savable, TorchDistribution, nn.Module):
         return check_event(self.name, "context", context, self.context_dim, size_name, like)
 
     def _draw_checked(self, sample_shape: Sequence[int]) -> Tensor:
-        self._check_has_context()
-        like = self.value_like
-        check_takes_gradient(self.name, self, like)
+        like = self._like()
         shape = check_shape(self.name, "sample_shape", sample_shape) + self.batch_shape
         return without_autocast(self.draw, shape, like=like)
 
-    def _check_has_context(self) -> None:
+    def _like(self) -> Tensor | None:
+        """`value_like`; raises for a density without its context, or if it takes no gradient."""
         if self.context_dim:
             check_context(self.name, None, self.context_dim, advice=": condition its conditional form on one")
+        like = self.value_like
+        check_takes_gradient(self, like)
+        return like
 
     # -- conventions of Distribution ------------------------------------------------------------------------------
 

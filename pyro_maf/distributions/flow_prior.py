@@ -239,7 +239,8 @@ class FlowPrior(NamedDensity):
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Log-density (\*batch,) in nats, unchecked."""
-        support = self.units.support
+        units: DataUnits = self._modules["units"]  # type: ignore[assignment]  # the fastest access, at each call
+        support = units.support
         if support.name == "real":
             return self._log_density_inside(value, context)
         outside = support.outside(value)
@@ -249,9 +250,10 @@ class FlowPrior(NamedDensity):
         return torch.where(outside, -torch.inf, self._log_density_inside(value, context))
 
     def _log_density_inside(self, value: Tensor, context: Tensor | None) -> Tensor:
-        context = self._features(context)
-        model, units = self.model, self.units
-        if isinstance(model, Density):
+        context = None if context is None else self.features(context)
+        model: Flow | Density = self._modules["model"]  # type: ignore[assignment]  # as in `log_density`
+        units: DataUnits = self._modules["units"]  # type: ignore[assignment]
+        if not isinstance(model, Flow):  # quick to check, unlike a class of Pyro's distributions
             z, log_det = units.inverse_and_log_det(value)
             return model.log_density(z, context) - log_det
         u = self.noise_to_data.cached_input(value) if context is None else None

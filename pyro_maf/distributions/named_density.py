@@ -55,9 +55,9 @@ class NamedDensity(Density):
 
     def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
         """Convert a value to a tensor, also from the other forms of data that `fit` takes if that is exact."""
-        if like is not None and isinstance(value, Tensor) and value.dtype is like.dtype:  # the usual one, at each call
-            return super().as_value(value, like, role)
         if like is not None:
+            if type(value) is Tensor and (value.dtype, value.shape[-1:]) == (like.dtype, self._event_shape):
+                return value if value.device == like.device else super().as_value(value, like, role)
             value = self._converted("value", value, like, self.event_shape[0])
         self.check_precise(role, value)
         return super().as_value(value, like, role)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import gradients, is_intercepted
@@ -78,7 +78,8 @@ class Run(NamedTuple):
             return None
         rows, features, needs_gradient = inputs
         if needs_gradient:
-            result = _apply(self, constant, *unwrap_dead_wrappers((rows, features)), *self.tensors)
+            features = None if features is None else unwrap_if_dead(features)
+            result = _apply(self, constant, unwrap_if_dead(rows), features, *self.tensors)
         else:
             if features is not None and features.stride(0) == 0:
                 features = features[:1]  # the kernels accept a single row for all points
@@ -150,7 +151,7 @@ class _Layers(torch.autograd.Function):
         return None, None, *_backward(ctx.run.program, saved, needed, w, factors, is_density)
 
 
-# Bypasses `unwrap_dead_wrappers`, which would check each parameter for leftovers of torch.func.
+# Bypasses a check of each parameter for leftovers of torch.func.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Layers).apply
 
 
@@ -176,20 +177,20 @@ def _forward(
     program: Program, pack: Pack, v: Tensor, context: Tensor | None, constant: float | None, tape: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """w, (batch, D), and log-determinants, or log-densities, for v (batch, D); fills the tape, if there is one."""
-    v, points = v.detach().contiguous(), v.shape[0]
+    v, points = (v.detach() if v.requires_grad else v).contiguous(), v.shape[0]
     w, log_det, rows = torch.empty_like(v), v.new_empty(points), v.numpy()
-    # For a single point, sums over the columns of each row take half the time of products of padded rows.
-    chunk = 1 if points == 1 and tape is None else program.chunk_of(points)
+    if tape is None:  # for a single point, sums over each row take half the time of products of padded rows
+        results = np.empty((0, 1 if points == 1 else program.chunk_of(points)), rows.dtype)
+    else:
+        results = tape.numpy()
     features = rows[:, :0] if context is None else context.detach().contiguous().numpy()
     network = program.tables, (pack.weights, pack.biases), (rows, features), program.rows
-    results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), (w.numpy(), log_det.numpy())
-
-    addend = math.nan if constant is None else constant
+    outputs, addend = (w.numpy(), log_det.numpy()), math.nan if constant is None else constant
 
     def walk(first: int, end: int) -> None:
-        loaded().forward(*network, first, end, addend, *results)
+        loaded().forward(*network, first, end, addend, results, outputs)
 
-    in_parts(walk, points, chunk, program.work)
+    in_parts(walk, points, results.shape[1], program.work)
     return w, log_det
 
 
@@ -226,7 +227,7 @@ def _backward(
     if not any(of_tensors):
         return [grad_v, grad_context, *[None] * len(tensors)]
     unpack(program, parts, flat[: program.size])
-    by_tensors = list(memory.narrow(0, 0, program.size).split_with_sizes(program.sizes))
+    by_tensors = list(memory.split_with_sizes(program.sizes)[:-1])
     for place in program.of_weights:
         by_tensors[place] = by_tensors[place].view_as(tensors[place])
     if has_all:

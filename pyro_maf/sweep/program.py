@@ -147,15 +147,17 @@ class Program:
         self.reading = reading._replace(tensors=[])
         self.dim, self.context_dim = dim, context_dim
         self.tables = layout.tables()
-        self.sizes = [tensor.numel() for tensor in reading.tensors]
+        sizes = [tensor.numel() for tensor in reading.tensors]
         self.of_weights = [place for place, tensor in enumerate(reading.tensors) if tensor.dim() > 1]
-        self.size, self.offsets = sum(self.sizes), np.cumsum([0, *self.sizes])
+        self.size, self.offsets = sum(sizes), np.cumsum([0, *sizes])
         self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
         self.num_weights, self.num_biases = layout.weights, layout.biases
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
         self.every_matrix = np.ones(len(self.tables.matrices), bool)
         self.shift = self._shift()
+        self.sizes = [*sizes, self.shift + self.num_weights - self.size]
+        """Numbers of entries of the tensors, and of the rest of the memory for their gradients and packed ones."""
         self._packed: tuple[Snapshot, Pack] | None = None
 
     def _shift(self) -> int:

@@ -52,8 +52,8 @@ def in_parts(run: Callable[[int, int], Result], points: int, together: int, work
     if not points:
         return []
     groups = -(-points // together)
-    parts = max(1, min(most_threads(), points * work // LEAST_WORK, groups))
-    if parts == 1:
+    parts = min(points * work // LEAST_WORK, groups)
+    if parts < 2 or (parts := min(parts, most_threads())) < 2:
         return [run(0, points)]
     edges = [min(points, groups * part // parts * together) for part in range(parts + 1)]
     waiting = enumerate(zip(edges, edges[1:], strict=False))

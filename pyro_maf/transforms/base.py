@@ -187,7 +187,7 @@ class Flow(Savable, Observed, TransformModule):
         if self.context_dim:
             check_context(self.name, None, self.context_dim, advice=": use ConditionalFlow(flow).condition(context)")
         like = reference_tensor(self)
-        check_takes_gradient(self.name, self, like)
+        check_takes_gradient(self, like)
         return like
 
     def _checked(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:

@@ -36,6 +36,7 @@ def kernels() -> ModuleType | None:
     return entries
 
 
+@functools.cache
 def loaded() -> ModuleType:
     """The module of the kernels, for callers that require it."""
     if (module := kernels()) is None:
