@@ -25,25 +25,22 @@ Roberts & Skold, *A general framework for the parametrization of hierarchical mo
 from __future__ import annotations
 
 import copy
-import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
-from itertools import product
 from typing import NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import Transform
 
-from pyro_maf._core.torch_state import is_traced, seeded
-from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements
+from pyro_maf._core.torch_state import is_traced
+from pyro_maf.infer.models.latents import Images, Latents, Part
 from pyro_maf.infer.models.location_scale import LocationScale, Scale, location_and_scale
-from pyro_maf.infer.models.model import FAILURES, Call
-from pyro_maf.infer.models.prior_walk import WAYS, run_with, walk
+from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.models.prior_walk import WAYS, walk
 from pyro_maf.infer.models.supports import entry_map, within_reach
 
-__all__ = ["Coordinates", "coordinates_of"]
+__all__ = ["Coordinates"]
 
 DEGREE = 0.5
 """Initial degree of centring, before anything is known about the posterior."""
@@ -51,24 +48,19 @@ LOST = 0.1
 """Relative rounding error of a residual from which on the prior's density is corrected."""
 FARTHEST = 1e9
 """Maximum correction, in nats."""
-SPREAD, POINTS = 0.1, 3
-"""Spread of latent variables in the trial of a map, and number of trial vectors."""
-TOLERANCE = 1e-3
-"""Maximum error of a map and its inverse in the trial, relative and absolute."""
 
 
-class _Map(NamedTuple):
-    """The map v = loc + away + slope (c - origin) of a site, and its prior's scale."""
+class _Place(NamedTuple):
+    """A site's shape, its entries in the concatenated buffers and, if its scale is a matrix, those of P."""
 
-    loc: Tensor
-    away: Tensor | float
-    slope: Scale
-    origin: Tensor
-    scale: Scale
+    shape: torch.Size
+    entries: slice
+    matrix: slice | None
 
-    def log_slope(self, like: Tensor) -> Tensor:
-        """log |dv/dc| by entry, in the shape of `like`."""
-        return self.slope.diagonal.log().expand(like.shape)
+    @property
+    def scale_shape(self) -> torch.Size:
+        """Shape of the prior's scale."""
+        return self.shape if self.matrix is None else self.shape + self.shape[-1:]
 
 
 class Coordinates(nn.Module):
@@ -109,14 +101,14 @@ class Coordinates(nn.Module):
         self.moving = frozenset(moving)
         self.normal: list[str] = []
         self.way = WAYS[0]
-        self._slices: dict[str, slice] = {}
-        self._squares: dict[str, slice] = {}
+        self._places: dict[str, _Place] = {}
         size = square = 0
         for name in names:
             shape = latents.parts[name].shape
-            self._slices[name] = slice(size, size := size + shape.numel())
+            entries, matrix = slice(size, size := size + shape.numel()), None
             if name in correlated:
-                self._squares[name] = slice(square, square := square + shape.numel() * shape[-1])
+                matrix = slice(square, square := square + shape.numel() * shape[-1])
+            self._places[name] = _Place(shape, entries, matrix)
         like = latents.initial()
         self.degree = nn.Parameter(torch.full((size,), DEGREE).to(like))
         for buffer, length in {"loc": size, "log_scale": size, "shift": size, "precision": square}.items():
@@ -125,7 +117,7 @@ class Coordinates(nn.Module):
     @property
     def names(self) -> list[str]:
         """The sites with a degree of centring, or with a support that moves."""
-        return [*self._slices, *self.moving]
+        return [*self._places, *self.moving]
 
     def batched(self) -> Coordinates:
         """Return a copy for a model that takes draws as batch dimensions, whatever the original uses."""
@@ -141,12 +133,14 @@ class Coordinates(nn.Module):
         """
 
         def outward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            entries, log_slope = self._to_latent(part, piece, fn)
+            site_map = self._map(part, fn)
+            if site_map is None:
+                value, log_det = latents.mapped(part, piece)
+                return value, (value, log_det)
+            entries, log_slope = site_map.forward(piece)
             value, log_det = latents.mapped(part, entries)
-            if log_slope is not None:
-                events = part.site["fn"].event_dim
-                log_det = log_det + (log_slope.flatten(-events).sum(-1) if events else log_slope)
-            return value, (value, log_det)
+            events = part.site["fn"].event_dim
+            return value, (value, log_det + (log_slope.flatten(-events).sum(-1) if events else log_slope))
 
         return walk(latents, coordinates, call, outward, self.way, strict)
 
@@ -159,8 +153,9 @@ class Coordinates(nn.Module):
         flat = entries.reshape(-1, *(1,) * latents.nesting, entries.shape[-1])
 
         def inward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            inside, log_slope = self._to_coordinates(part, piece, fn)
-            return latents.mapped(part, piece)[0], (inside, torch.zeros_like(piece) if log_slope is None else log_slope)
+            value, _ = latents.mapped(part, piece)
+            site_map = self._map(part, fn)
+            return value, (piece, torch.zeros_like(piece)) if site_map is None else site_map.inverse(piece)
 
         sites = walk(latents, flat, call, inward, self.way, strict)
         pairs = [[each.reshape(len(flat), -1) for each in sites[name]] for name in latents.parts]
@@ -175,37 +170,38 @@ class Coordinates(nn.Module):
 
     def priors(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> dict[str, LocationScale]:
         r"""Location and scale of the sites with a degree, at draws of all sites, (draws, \*site)."""
-        shapes = {name: (latents.parts[name].shape, latents.parts[name].shape) for name in self._slices}
-        shapes |= {name: (shape, shape + shape[-1:]) for name, (shape, _) in shapes.items() if name in self._squares}
         found: set[str] = set()
 
         def prior(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             name, value = part.site["name"], latents.mapped(part, piece)[0]
-            if fn is None or name not in shapes or (prior := location_and_scale(fn)) is None:
+            prior = location_and_scale(fn) if fn is not None and name in self._places else None
+            if prior is None:
                 return value, (piece, piece)
             found.add(name)
-            of_loc, of_scale = (piece.shape[: piece.dim() - len(part.shape)] + shape for shape in shapes[name])
-            return value, (prior.loc.expand(of_loc), prior.scale.tensor.expand(of_scale))
+            batch = piece.shape[: piece.dim() - len(part.shape)]
+            of_scale = batch + self._places[name].scale_shape
+            return value, (prior.loc.expand(batch + part.shape), prior.scale.tensor.expand(of_scale))
 
         entries = latents.pack(values)[0]
         flat = entries.reshape(-1, *(1,) * latents.nesting, entries.shape[-1])
         sites = walk(latents, flat, call, prior, self.way, strict=True)
-        return {
-            name: LocationScale(loc, Scale(scale, name in self._squares))
-            for name, pair in shapes.items()
-            if name in found
-            for loc, scale in [[each.reshape(-1, *shape) for each, shape in zip(sites[name], pair, strict=True)]]
-        }
+        priors = {}
+        for name, place in self._places.items():
+            if name in found:
+                loc, scale = sites[name][0].reshape(-1, *place.shape), sites[name][1].reshape(-1, *place.scale_shape)
+                priors[name] = LocationScale(loc, Scale(scale, place.matrix is not None))
+        return priors
 
     def settle(self, priors: Mapping[str, LocationScale]) -> None:
         """Set the usual location and scale to their means over draws."""
         for name, (loc, scale) in priors.items():
-            self.loc[self._slices[name]] = loc.mean(0).flatten()
-            self.log_scale[self._slices[name]] = scale.diagonal.log().mean(0).flatten()
+            entries = self._places[name].entries
+            self.loc[entries] = loc.mean(0).flatten()
+            self.log_scale[entries] = scale.diagonal.log().mean(0).flatten()
 
     def slope(self, part: Part, prior: LocationScale) -> Scale:
         """dv/dc of a site with a degree, given all others."""
-        return self._map(part, prior).slope
+        return self._centring(part, prior).slope
 
     def fix(self, name: str, pull: Tensor, value: Tensor, share: Tensor) -> None:
         """Fix the degree of a site from its data.
@@ -214,75 +210,107 @@ class Coordinates(nn.Module):
             name: The site.
             pull: Gradient of the data's log-density with respect to the site's v, (*site), averaged over draws.
             value: v of the site, averaged likewise.
-            share: Precision of the data about each entry, in units of the prior's at the usual scale, (*site); for a
-                site with a matrix, the data's precision P, (*site, n).
+            share: Precision of the data about each entry, in units of the prior's at the usual scale, (*site).
         """
+        entries = self._places[name].entries
+        degree = (1 - 1 / (1 + share.flatten())).nan_to_num(nan=DEGREE)
+        away = value.flatten() - self.loc[entries]
+        shift = (1 - degree) * (2 * self.log_scale[entries]).exp() * pull.flatten() + degree * away
+        self._set(entries, degree, shift)
+
+    def fix_matrix(self, name: str, pull: Tensor, value: Tensor, precision: Tensor) -> None:
+        """Fix P, (*site, n), and q of a site whose scale is a matrix; the other arguments are as in `fix`."""
+        _, entries, matrix = self._places[name]
+        self.precision[matrix] = precision.flatten().to(self.precision)
+        shift = (pull + (precision @ value[..., None])[..., 0]).flatten()
+        odds = precision.diagonal(dim1=-2, dim2=-1).flatten() * (2 * self.log_scale[entries]).exp()
+        self._set(entries, 1 - 1 / (1 + odds), shift)
+
+    def _set(self, entries: slice, degree: Tensor, shift: Tensor) -> None:
+        """Set degrees, which are not trained from then on, and shifts."""
         if isinstance(self.degree, nn.Parameter):
             self.register_buffer("degree", self._parameters.pop("degree").detach())  # type: ignore[union-attr]
-        place = self._slices[name]
-        if name in self._squares:
-            self.precision[self._squares[name]] = share.flatten().to(self.precision)
-            shift = (pull + (share @ value[..., None])[..., 0]).flatten()
-            odds = share.diagonal(dim1=-2, dim2=-1).flatten() * (2 * self.log_scale[place]).exp()
-            degree = 1 - 1 / (1 + odds)
-        else:
-            degree = (1 - 1 / (1 + share.flatten())).nan_to_num(nan=DEGREE)
-            away = value.flatten() - self.loc[place]
-            shift = (1 - degree) * (2 * self.log_scale[place]).exp() * pull.flatten() + degree * away
-        self.degree[place] = degree.to(self.degree)
-        self.shift[place] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(self.shift)
+        self.degree[entries] = degree.to(self.degree)
+        self.shift[entries] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(self.shift)
 
-    def _to_latent(self, part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
-        """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site that is not transformed."""
-        if part.site["name"] in self.moving:
-            transform = entry_map(part.site["fn"] if fn is None else fn)
-            inside = within_reach(transform, piece)
-            entries = transform(inside)
-            return entries, transform.log_abs_det_jacobian(inside, entries) - (piece - inside).abs()
-        if part.site["name"] not in self._slices:
-            return piece, None
-        site = self._map(part, None if fn is None else location_and_scale(fn))
-        residual = site.away + site.slope.times(piece - site.origin)
-        entries = site.loc + residual
-        log_slope = site.log_slope(entries) + _lost_to_rounding(site.loc, site.scale, residual, entries)
-        return entries, log_slope
-
-    def _to_coordinates(
-        self, part: Part, entries: Tensor, fn: TorchDistribution | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Map v to c, NaN where a value is outside of its support; also return log |dv/dc|."""
-        if part.site["name"] in self.moving:
-            transform = entry_map(part.site["fn"] if fn is None else fn)
-            piece = transform.inv(entries)
-            is_inside = torch.isclose(transform(piece), entries, rtol=1e-3, atol=1e-5)  # some inverses clamp
-            return torch.where(is_inside, piece, torch.nan), transform.log_abs_det_jacobian(piece, entries)
-        if part.site["name"] not in self._slices:
-            return entries, None
-        site = self._map(part, None if fn is None else location_and_scale(fn))
-        return site.origin + site.slope.solve(entries - site.loc - site.away), site.log_slope(entries)
-
-    def _map(self, part: Part, prior: LocationScale | None) -> _Map:
-        """The map of a site with a degree at this location and scale; at the usual ones if `prior` is None."""
+    def _map(self, part: Part, fn: TorchDistribution | None) -> _Centring | _ToSupport | None:
+        """The map of a site with this distribution in the run, if any; None for a site that is not transformed."""
         name = part.site["name"]
-        place = self._slices[name]
-        degree, usual, log_unit = (each[place].reshape(part.shape) for each in (self.degree, self.loc, self.log_scale))
-        unit, is_matrix = log_unit.exp(), name in self._squares
-        if prior is None:
-            prior = LocationScale(usual, Scale(unit.diag_embed() if is_matrix else unit, is_matrix))
-        loc, scale = prior
-        if is_matrix:
-            # Matrix products do not promote dtypes.
-            dtype = torch.promote_types(scale.tensor.dtype, self.precision.dtype)
-            precision = self.precision[self._squares[name]].reshape(part.shape + part.shape[-1:]).to(dtype)
-            slope = _posterior_scale(scale.tensor.to(dtype), precision)
-            aim = self.shift[place].reshape(part.shape) - (precision @ loc.to(dtype)[..., None])[..., 0]
-            return _Map(loc, slope.times(slope.transposed_times(aim)), slope, torch.zeros_like(usual), scale)
-        shift, degree = self.shift[place].reshape(part.shape), degree.clamp(0.0, 1.0)
-        ratio = (scale.tensor / unit).square()
-        total = 1 - degree + degree * ratio
-        variance = ratio / total
-        away = variance * (shift - degree * (loc - usual))
-        return _Map(loc, away, Scale(variance.sqrt()), usual + shift, scale)
+        if name in self.moving:
+            return _ToSupport(entry_map(part.site["fn"] if fn is None else fn))
+        if name in self._places:
+            return self._centring(part, None if fn is None else location_and_scale(fn))
+        return None
+
+    def _centring(self, part: Part, prior: LocationScale | None) -> _Centring:
+        """The map of a site with a degree at this location and scale; at the usual ones if `prior` is None."""
+        shape, entries, matrix = self._places[part.site["name"]]
+        buffers = self.loc, self.log_scale, self.degree, self.shift
+        usual, log_unit, degree, shift = (each[entries].reshape(shape) for each in buffers)
+        unit = log_unit.exp()
+        if matrix is None:
+            return _elementwise(prior or LocationScale(usual, Scale(unit)), usual, unit, degree.clamp(0.0, 1.0), shift)
+        precision = self.precision[matrix].reshape(shape + shape[-1:])
+        return _multivariate(prior or LocationScale(usual, Scale(unit.diag_embed(), True)), precision, shift)
+
+
+class _ToSupport(NamedTuple):
+    """The map of a site to a support that depends on other sites."""
+
+    transform: Transform
+
+    def forward(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return v and log |dv/dc| of each entry."""
+        inside = within_reach(self.transform, c)
+        v = self.transform(inside)
+        return v, self.transform.log_abs_det_jacobian(inside, v) - (c - inside).abs()
+
+    def inverse(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c, NaN where a value is outside of its support, and log |dv/dc| of each entry."""
+        c = self.transform.inv(v)
+        is_inside = torch.isclose(self.transform(c), v, rtol=1e-3, atol=1e-5)  # some inverses clamp
+        return torch.where(is_inside, c, torch.nan), self.transform.log_abs_det_jacobian(c, v)
+
+
+class _Centring(NamedTuple):
+    """The map v = loc + away + slope (c - origin) of a site, and its prior's scale."""
+
+    loc: Tensor
+    away: Tensor
+    slope: Scale
+    origin: Tensor
+    scale: Scale
+
+    def forward(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return v and log |dv/dc| of each entry."""
+        residual = self.away + self.slope.times(c - self.origin)
+        v = self.loc + residual
+        return v, self._log_slope(v) + _lost_to_rounding(self.loc, self.scale, residual, v)
+
+    def inverse(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c and log |dv/dc| of each entry."""
+        return self.origin + self.slope.solve(v - self.loc - self.away), self._log_slope(v)
+
+    def _log_slope(self, like: Tensor) -> Tensor:
+        return self.slope.diagonal.log().expand(like.shape)
+
+
+def _elementwise(prior: LocationScale, usual: Tensor, unit: Tensor, degree: Tensor, shift: Tensor) -> _Centring:
+    """The map at a prior's location and scale, from loc_0, scale_0, d and b."""
+    ratio = (prior.scale.tensor / unit).square()
+    variance = ratio / (1 - degree + degree * ratio)
+    away = variance * (shift - degree * (prior.loc - usual))
+    return _Centring(prior.loc, away, Scale(variance.sqrt()), usual + shift, prior.scale)
+
+
+def _multivariate(prior: LocationScale, precision: Tensor, shift: Tensor) -> _Centring:
+    """The map at a prior's location and triangular scale, from P and q."""
+    loc, scale = prior
+    dtype = torch.promote_types(scale.tensor.dtype, precision.dtype)  # matrix products do not promote dtypes
+    precision = precision.to(dtype)
+    slope = _posterior_scale(scale.tensor.to(dtype), precision)
+    aim = shift - (precision @ loc.to(dtype)[..., None])[..., 0]
+    return _Centring(loc, slope.times(slope.transposed_times(aim)), slope, torch.zeros_like(shift), scale)
 
 
 def _posterior_scale(scale: Tensor, precision: Tensor) -> Scale:
@@ -308,87 +336,3 @@ def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tens
     missing = (scale.solve(rounded).square() - scale.solve(residual).square()) / 2
     lost = lost.any(-1, keepdim=True) if scale.is_matrix else lost
     return torch.where(lost, missing.clamp(min=-FARTHEST, max=0.0), 0.0)
-
-
-def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coordinates | None:
-    """Return coordinates for sites whose prior's location or scale depends on other latent sites, if there are any.
-
-    They also cover sites whose supports do, listed in `moving`. There are none if rows have separate vectors, in a
-    model that has to be run for each draw, or whose prior depends on random numbers that are not part of the vector. A
-    model that does not broadcast is run under `vmap`.
-
-    Cost: a run of the model up to its last latent site if there are no such sites.
-    """
-    if latents.rows or any(part.rows for part in latents.parts.values()):
-        return None
-    try:
-        with seeded(0, latents.idle.device):
-            found = _dependent(call, latents)
-        correlated = [name for name, is_matrix in found.items() if is_matrix]
-        if not found and not moving:
-            return None
-        coordinates = Coordinates(latents, list(found), correlated, moving)
-        # For a prior that says nothing, such as a gamma distribution of shape 0.001, the median overflows. Scales e^v
-        # are tried at which a 1 added to their squares is not lost to rounding.
-        centre = latents.initial()
-        most = math.log(TOLERANCE / torch.finfo(centre.dtype).eps) / 2
-        bounded = centre.clamp(-most, most)
-    except (*FAILURES, NotImplementedError):
-        return None
-    for way, point in product(WAYS, [centre] if torch.equal(centre, bounded) else [centre, bounded]):
-        with suppress(Exception):  # a model not written for a batch may fail in any way
-            coordinates.way = way
-            if _is_sound(coordinates, latents, call, point):
-                return coordinates
-    return None
-
-
-def _dependent(call: Call, latents: Latents) -> dict[str, bool]:
-    """Return the sites whose prior has a location or scale that depends on other latent sites; True for matrices."""
-    pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(latents.initial())}
-    leaves: list[Tensor] = []
-    found: dict[str, bool] = {}
-
-    def value_of(name: str, fn: TorchDistribution) -> Tensor:
-        part, piece = pieces[name]
-        prior = location_and_scale(fn)
-        # Masked entries are constants, which coordinates would move by rounding.
-        is_whole = masked_elements(part.site, part.value) is None
-        if is_whole and prior is not None and any(_reaches(each, leaves) for each in (prior.loc, prior.scale.tensor)):
-            found[name] = prior.scale.is_matrix
-        leaf = piece.detach().clone().requires_grad_()
-        leaves.append(leaf)
-        return latents.mapped(part, leaf)[0]
-
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True")  # as by `if float(z) > 0`
-        run_with(call, pieces, value_of)
-    return found
-
-
-def _reaches(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Return whether a tensor was computed from one of the leaves."""
-    if not (tensor.requires_grad and leaves):
-        return False
-    found = torch.autograd.grad(tensor.sum(), leaves, retain_graph=True, allow_unused=True)
-    return any(each is not None for each in found)
-
-
-@torch.no_grad()
-def _is_sound(coordinates: Coordinates, latents: Latents, call: Call, like: Tensor) -> bool:
-    """Return whether a run for several vectors agrees with single runs, for any random numbers, and can be inverted."""
-    with seeded(0, like.device):
-        points = like + SPREAD * torch.randn(POINTS, *(1,) * latents.nesting, len(like)).to(like)
-    with seeded(1, like.device):
-        values, log_det = latents.unpack(points, coordinates.images(latents, points, call, strict=True))
-    values = {name: value.reshape(POINTS, *latents.parts[name].value.shape) for name, value in values.items()}
-    back, log_det_back = coordinates.of_values(latents, values, call, strict=True)
-    pairs = [(log_det_back, log_det.reshape(POINTS)), (back, points.reshape(POINTS, -1))]
-    for index, point in enumerate(points):
-        with seeded(2 + index, like.device):
-            alone, _ = latents.unpack(point.flatten(), coordinates.images(latents, point.flatten(), call, strict=True))
-        pairs += [(values[name][index], value) for name, value in alone.items()]
-    return all(
-        left.shape == right.shape and torch.allclose(left, right, rtol=TOLERANCE, atol=TOLERANCE)
-        for left, right in pairs
-    )

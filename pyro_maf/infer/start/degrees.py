@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.double_precision import Score, in_double, promoted
 from pyro_maf.infer.models.latents import Latents
-from pyro_maf.infer.models.location_scale import LocationScale
+from pyro_maf.infer.models.location_scale import LocationScale, Scale
 from pyro_maf.infer.models.model import FAILURES, Call
 from pyro_maf.infer.start.initialization import best_normal
 from pyro_maf.infer.start.normal import RATE, diagonal_normal, fixed_noise, narrow_place, second_derivatives
@@ -63,24 +64,15 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
         scale = torch.cholesky_inverse(normal.scale_tril).diagonal().rsqrt()
         place = torch.stack([normal.loc, scale.log()])
         place = diagonal_normal(score, place, STEPS, noise=fixed, degree=coordinates.degree)
+    update = partial(_fix_degrees, coordinates, latents, call, score)
     for _ in range(ROUNDS - 1):
-        place = _updated(coordinates, latents, call, score, place[0] + noise * place[1].exp(), place)
+        place = _moved(update, score, place[0] + noise * place[1].exp(), place)
         place = diagonal_normal(score, place, STEPS, noise=fixed)
     return place
 
 
-def _updated(
-    coordinates: Coordinates, latents: Latents, call: Call, score: Score, draws: Tensor, place: Tensor
-) -> Tensor:
+def _moved(update: Callable[[Tensor], Tensor], score: Score, draws: Tensor, place: Tensor) -> Tensor:
     """Update the degrees from draws; return location and log-scale of the draws in the new coordinates."""
-
-    def update(draws: Tensor) -> Tensor:
-        with torch.no_grad():
-            values = latents.sites(draws, draws.shape[:1], partial(coordinates.images, latents, call=call))
-        _set_by_precision(coordinates, latents, *second_derivatives(score, draws), values, call)
-        with torch.no_grad():
-            return coordinates.of_values(latents, values, call)[0]
-
     try:
         # The data's contribution to the precision of a smooth process is a millionth of it.
         is_wide = in_double(score, draws[0]) is not None
@@ -92,47 +84,73 @@ def _updated(
     return torch.stack([moved.mean(0), moved.std(0).clamp(min=1e-6).log()])
 
 
-@torch.no_grad()
-def _set_by_precision(
-    coordinates: Coordinates,
-    latents: Latents,
-    gradient: Tensor,
-    product: Callable[[Tensor], Tensor],
-    values: Mapping[str, Tensor],
-    call: Call,
-) -> None:
-    """Fix each degree at the data's share of the precision given the rest, at draws of every site.
+def _fix_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, draws: Tensor) -> Tensor:
+    """Fix each degree at the data's share of the precision given the rest, at draws; return them in new coordinates.
 
     The rest are coordinates. For a site that is the location of others, the contribution of these is then that of their
     data, since they would move along with it.
     """
-    priors = coordinates.priors(latents, values, call)
-    slopes = {name: coordinates.slope(latents.parts[name], prior) for name, prior in priors.items()}
-    spans = {name: slice(latents.parts[name].start, latents.parts[name].stop) for name in priors}
+    with torch.no_grad():
+        values = latents.sites(draws, draws.shape[:1], partial(coordinates.images, latents, call=call))
+    gradient, product = second_derivatives(score, draws)
+    with torch.no_grad():
+        priors = coordinates.priors(latents, values, call)
+        slopes = {name: coordinates.slope(latents.parts[name], prior) for name, prior in priors.items()}
+        along = _Precision(latents, slopes, gradient, product).along
+        matrices = {name: prior for name, prior in priors.items() if prior.scale.is_matrix}
+        shares = _shares({name: prior for name, prior in priors.items() if name not in matrices}, along)
+        precisions = _precisions(matrices, along)
+        coordinates.settle(priors)
+        entries, pulls = latents.pack(values)[0], _by_entry(latents, gradient)
+        for name, (loc, scale) in priors.items():
+            span = _span(latents, name)
+            value, pull = entries[:, span].reshape(loc.shape), pulls[:, span].reshape(loc.shape)
+            of_data = slopes[name].transposed_solve(pull) + scale.transposed_solve(scale.solve(value - loc))
+            if name in matrices:
+                coordinates.fix_matrix(name, of_data.mean(0), value.mean(0), precisions[name])
+            else:
+                coordinates.fix(name, of_data.mean(0), value.mean(0), shares[name])
+        return coordinates.of_values(latents, values, call)[0]
 
-    def by_entry(vectors: Tensor) -> Tensor:
-        entries = vectors.new_zeros(len(vectors), len(latents.idle))
-        entries[:, ~latents.idle] = vectors
-        return entries
 
-    def precision_along(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        vectors = gradient.new_zeros(len(gradient), len(latents.idle))
+def _span(latents: Latents, name: str) -> slice:
+    """Entries of a site."""
+    return slice(latents.parts[name].start, latents.parts[name].stop)
+
+
+def _by_entry(latents: Latents, vectors: Tensor) -> Tensor:
+    """Vectors, (draws, D), with zeros for idle entries."""
+    entries = vectors.new_zeros(len(vectors), len(latents.idle))
+    entries[:, ~latents.idle] = vectors
+    return entries
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """Precision of sites given all other coordinates, at draws.
+
+    Attributes:
+        latents: The layout of the latent vector.
+        slopes: dv/dc of each site.
+        gradient, product: Gradient of the log-density, (draws, D), and products of vectors with minus its Hessian.
+    """
+
+    latents: Latents
+    slopes: Mapping[str, Scale]
+    gradient: Tensor
+    product: Callable[[Tensor], Tensor]
+
+    def along(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Products of the precision with directions of some sites, (draws, *site)."""
+        draws = len(self.gradient)
+        vectors = self.gradient.new_zeros(draws, len(self.latents.idle))
         for name, direction in directions.items():
-            vectors[:, spans[name]] = slopes[name].solve(direction).reshape(len(gradient), -1)
-        image = by_entry(product(vectors[:, ~latents.idle]))
+            vectors[:, _span(self.latents, name)] = self.slopes[name].solve(direction).reshape(draws, -1)
+        image = _by_entry(self.latents, self.product(vectors[:, ~self.latents.idle]))
         return {
-            name: slopes[name].transposed_solve(image[:, spans[name]].reshape(each.shape))
-            for name, each in directions.items()
+            name: self.slopes[name].transposed_solve(image[:, _span(self.latents, name)].reshape(direction.shape))
+            for name, direction in directions.items()
         }
-
-    shares = _shares({name: prior for name, prior in priors.items() if not prior.scale.is_matrix}, precision_along)
-    shares |= _precisions({name: prior for name, prior in priors.items() if prior.scale.is_matrix}, precision_along)
-    coordinates.settle(priors)
-    entries, pulls = by_entry(latents.pack(values)[0]), by_entry(gradient)
-    for name, (loc, scale) in priors.items():
-        value, pull = (each[:, spans[name]].reshape(loc.shape) for each in (entries, pulls))
-        of_data = slopes[name].transposed_solve(pull) + scale.transposed_solve(scale.solve(value - loc))
-        coordinates.fix(name, of_data.mean(0), value.mean(0), shares[name])
 
 
 def _signs(like: Tensor) -> Tensor:
@@ -148,13 +166,14 @@ def _shares(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Te
     """
     total: dict[str, Tensor] = {}
     turns = min(PROBES, len(priors))
-    for probe in range(PROBES if priors else 0):
-        names = list(priors)[probe % turns :: turns]
-        with seeded(probe, priors[names[0]].loc.device):
-            signs = {name: _signs(priors[name].loc) for name in names}
-        times = len(range(probe % turns, PROBES, turns))
-        for name, image in along({name: priors[name].scale.times(sign) for name, sign in signs.items()}).items():
-            total[name] = total.get(name, 0.0) + (signs[name] * priors[name].scale.times(image)).mean(0) / times
+    for turn in range(turns):
+        names, probes = list(priors)[turn::turns], range(turn, PROBES, turns)
+        for probe in probes:
+            with seeded(probe, priors[names[0]].loc.device):
+                signs = {name: _signs(priors[name].loc) for name in names}
+            for name, image in along({name: priors[name].scale.times(sign) for name, sign in signs.items()}).items():
+                square = (signs[name] * priors[name].scale.times(image)).mean(0)
+                total[name] = total.get(name, 0.0) + square / len(probes)
     usual = {name: (2 * scale.tensor.log().mean(0)).exp() for name, (_, scale) in priors.items()}
     return {
         name: (each - 1).clamp(min=0.0) * usual[name] / priors[name].scale.tensor.square().mean(0)
@@ -164,32 +183,38 @@ def _shares(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Te
 
 def _precisions(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Tensor]:
     """Precision matrix of the data about each site given all other coordinates, (*site, n); in turn, as above."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in priors}
     with seeded(0, next((prior.loc.device for prior in priors.values()), None)):
-        # Neighbours in plates depend on each other only through other sites: their signs add no noise.
-        signs = {name: torch.stack([_signs(prior.loc[0]) for _ in range(PROBES)]) for name, prior in priors.items()}
-    for name, sign in signs.items():
-        if (size := sign.shape[-1]) <= FULL:
-            signs[name] = torch.stack([sign[0, ..., :1] * unit for unit in torch.eye(size).to(sign)])
+        probes = {name: _probes(prior.loc[0]) for name, prior in priors.items()}
+    columns: dict[str, list[Tensor]] = {name: [] for name in priors}
     for turn in range(PROBES):
         names = list(priors)[turn::PROBES]
-        for probe in range(max((len(signs[name]) for name in names), default=0)):
-            directions = {
-                name: signs[name][probe].expand_as(priors[name].loc) for name in names if probe < len(signs[name])
-            }
+        for number in range(max((len(probes[name]) for name in names), default=0)):
+            probed = [name for name in names if number < len(probes[name])]
+            directions = {name: probes[name][number].expand_as(priors[name].loc) for name in probed}
             for name, image in along(directions).items():
                 scale = priors[name].scale
                 of_prior = scale.transposed_solve(scale.solve(directions[name]))
                 columns[name].append((image - of_prior).mean(0))
-    return {name: _positive(_of_columns(signs[name], torch.stack(each))) for name, each in columns.items()}
+    return {name: _positive(_of_columns(probes[name], torch.stack(each))) for name, each in columns.items()}
 
 
-def _of_columns(signs: Tensor, columns: Tensor) -> Tensor:
-    """The matrix, or its diagonal, from its products with some signs, (probes, *site)."""
-    size = signs.shape[-1]
-    if size <= FULL:
-        return (columns * signs.sum(-1, keepdim=True)).movedim(0, -1)
-    return (signs * columns).mean(0).diag_embed()
+def _probes(like: Tensor) -> Tensor:
+    """Directions in the shape of a site, (probes, *site): each unit vector or, of many entries, random signs.
+
+    Unit vectors have a random sign in each plate. Neighbours in plates depend on each other only through other sites:
+    their signs add no noise.
+    """
+    signs = torch.stack([_signs(like) for _ in range(PROBES)])
+    if like.shape[-1] > FULL:
+        return signs
+    return torch.stack([signs[0, ..., :1] * unit for unit in torch.eye(like.shape[-1]).to(signs)])
+
+
+def _of_columns(probes: Tensor, columns: Tensor) -> Tensor:
+    """The matrix, or its diagonal, from its products with the probes, (probes, *site)."""
+    if probes.shape[-1] <= FULL:
+        return (columns * probes.sum(-1, keepdim=True)).movedim(0, -1)
+    return (probes * columns).mean(0).diag_embed()
 
 
 def _positive(matrix: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyro_maf.infer.models.coordinates import Coordinates, coordinates_of
+from pyro_maf.infer.models.coordinates import Coordinates
+from pyro_maf.infer.models.hierarchy import coordinates_of
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.model import Call, RefusalError, Trace
 from pyro_maf.infer.models.posterior import Posterior
