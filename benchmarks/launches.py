@@ -97,7 +97,7 @@ def row(call: Call, what: str) -> str:
 @contextmanager
 def in_torch() -> Iterator[None]:
     """Disable the Triton kernels."""
-    with mock.patch.object(layers, "takes_triton", return_value=False):
+    with mock.patch.object(layers, "_has_triton", return_value=False):
         yield
 
 

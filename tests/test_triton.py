@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.torch_engine.layers import TorchSweep, plan_of
+from pyro_maf.sweep.torch_engine.sweep import TorchSweep, plan_of
 from pyro_maf.univariate import Affine
 
 pytest.importorskip("triton", minversion="3.2", reason="Triton has wheels for Linux alone, and comes with torch")

@@ -11,7 +11,8 @@ from pyro_maf.sweep.function import Run, run
 from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.sweep.program import Programs
 from pyro_maf.sweep.threads import OneThread
-from pyro_maf.sweep.torch_engine.layers import parallel, plan_of, solve, walk
+from pyro_maf.sweep.torch_engine.layers import parallel, solve
+from pyro_maf.sweep.torch_engine.sweep import plan_of, walk
 
 __all__ = [
     "Descent",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE
 from pyro_maf.sweep.layout import Array
-from pyro_maf.sweep.torch_engine.layers import Activations, TorchSweep
+from pyro_maf.sweep.torch_engine.sweep import Activations, TorchSweep
 from pyro_maf.univariate import Affine
 
 __all__ = ["TritonSweep", "walk", "walk_back"]
