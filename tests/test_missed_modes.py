@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro
@@ -43,6 +44,20 @@ def test_the_other_of_two_modes_is_found_with_its_share(index: int) -> None:
     torch.testing.assert_close(mode.values["z"], CENTRES[1 - index], atol=0.05, rtol=0)
     assert found.grade == "poor"
     assert f"misses {100 * mode.share:.0f} % of the posterior, near z = (" in found.verdict
+
+
+def test_a_mode_that_only_standard_deviations_depend_on_is_named() -> None:
+    """It holds 0.2 % at 60 deviations, so that the posterior's deviation is 2.9 times the guide's."""
+
+    def model() -> None:
+        prior = dist.Normal(0.0, 20.0)
+        z = pyro.sample("z", prior)
+        parts = [dist.Normal(loc, 0.5).log_prob(z) + math.log(share) for loc, share in ((0.0, 0.998), (30.0, 0.002))]
+        pyro.factor("density", torch.stack(parts).logsumexp(0) - prior.log_prob(z))
+
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(0.0, 0.5)))
+    assert found.grade == "good"
+    assert "; 0.2 % of the posterior, near z = 30, is so far away that standard deviations" in found.verdict
 
 
 def test_a_guide_that_covers_only_a_spike_is_detected() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.messages import require
 from pyro_maf.infer.diagnosis.importance import NoVerdictError, Pair, Weighted
-from pyro_maf.infer.diagnosis.missed_modes import Region
+from pyro_maf.infer.diagnosis.missed_modes import LEAST, Region, missed_sentence, percent, places
 from pyro_maf.infer.diagnosis.pareto import smoothed_log_weights
 from pyro_maf.infer.guides.auto_flow import AutoFlow
 from pyro_maf.infer.models.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
@@ -35,8 +35,6 @@ EVEN = 0.95
 """Fraction of effective draws above which the shape of the weights' tail does not matter."""
 FEW = 0.1
 """Fraction of effective draws below which a light tail only means that hardly any of it was sampled."""
-SHOWN_SITES, SHOWN_NUMBERS = 3, 3
-"""Maximum number of sites of a missed mode in a verdict, and of numbers per site."""
 MORE, SURE = 10, 2
 """Factor by which the number of draws is raised if k-hat is not `SURE` standard errors below `GOOD` or above `USABLE`.
 That halves the error of k-hat, which is too large if weights hardly differ and few draws are in their tail."""
@@ -63,7 +61,8 @@ class Diagnosis:
             probability that is in the wrong place. No classifier distinguishes the guide's draws from the posterior's
             with an accuracy above (1 + misplaced) / 2.
         missed: Modes outside of the guide's draws, the largest first, each with `values` of the sites, `log_joint` and
-            its `share` of the posterior. If there are none, what lies around the draws, with `is_mode` false.
+            its `share` of the posterior, if this is above 5 % or so far away that standard deviations depend on it. If
+            there are none, what lies around the draws, with `is_mode` false.
         unsearched: Why such modes were not searched for, as a clause; "" if they were.
         k_hat_se: Standard error of `k_hat`.
         grade: The conclusion in one word: "good", "usable", "poor", "worthless", or "none" without a verdict.
@@ -100,7 +99,7 @@ class Diagnosis:
             return "worthless"
         if self.k_hat < USABLE and self._covers_little:
             return "poor"
-        if self.missed and not self._covers_little:
+        if self._misses_much and not self._covers_little:
             return "poor"
         if self._is_close and self.can_be_reweighted:
             return "good"
@@ -115,8 +114,8 @@ class Diagnosis:
             return f"No verdict: {self.reason}."
         if self.unscored > self.num_samples // 2:
             return "The model could not score most draws of this guide: it is not near the posterior."
-        if self.missed and not self._covers_little:
-            return _missed(self.missed)
+        if self._misses_much and not self._covers_little:
+            return missed_sentence(self.missed)
         if self.k_hat < USABLE and self._covers_little:
             return (
                 f"k-hat {self.k_hat:.2f} would do, but only {self.ess:.0f} of {self.num_samples} draws count: the "
@@ -129,12 +128,17 @@ class Diagnosis:
     @property
     def caveat(self) -> str:
         """A reservation about a guide that may be used, as a clause; "" if there is none."""
-        if self.grade not in ("good", "usable") or not self.unsearched:
+        if self.grade not in ("good", "usable"):
             return ""
-        return f"other modes were not looked for, since {self.unsearched}"
+        if self.missed:
+            return (
+                f"{percent(self._missed_share)} of the posterior, {places(self.missed)}, is so far away that standard "
+                "deviations are larger than the guide's by a tenth or more, though quantiles hardly differ"
+            )
+        return f"other modes were not looked for, since {self.unsearched}" if self.unsearched else ""
 
     def _sentence(self) -> str:
-        k_hat, share = f"k-hat {self.k_hat:.2f}", f"{_percent(self._most_misplaced)} of the probability is misplaced"
+        k_hat, share = f"k-hat {self.k_hat:.2f}", f"{percent(self._most_misplaced)} of the probability is misplaced"
         match self.grade:
             case "good" if self.k_hat == -math.inf:
                 return "The weights are equal, so the guide is good: it is the posterior, as far as its draws reach."
@@ -183,6 +187,14 @@ class Diagnosis:
         return self.ess > EVEN * self.num_samples
 
     @property
+    def _missed_share(self) -> float:
+        return sum(region.share for region in self.missed)
+
+    @property
+    def _misses_much(self) -> bool:
+        return self._missed_share > LEAST
+
+    @property
     def _covers_little(self) -> bool:
         return self.ess < FEW * self.num_samples
 
@@ -204,35 +216,6 @@ class Diagnosis:
             f"Diagnosis(ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} nats{evidence}, effective sample size "
             f"{self.ess:.0f} of {self.num_samples}{unscored}{k_hat};\n  {self.verdict})"
         )
-
-
-def _missed(regions: tuple[Region, ...]) -> str:
-    modes = [region for region in regions if region.is_mode]
-    first = (modes or regions)[0]
-    where = ", ".join(f"{name} = {_number(value)}" for name, value in list(first.values.items())[:SHOWN_SITES])
-    share = _percent(sum(region.share for region in modes or regions))
-    if not modes:
-        return (
-            f"The guide is too narrow: {share} of the posterior lies around its draws, such as near {where}, where "
-            "their weights do not reach; give it more layers or steps, reparameterise the model, or run NUTS on "
-            "`neutra`."
-        )
-    near = "near" if len(modes) == 1 else f"at {len(modes)} places or more, the largest near"
-    return (
-        f"The guide misses {share} of the posterior, {near} {where}: its draws and their weights know nothing of it; "
-        "fit another guide that starts there, by init_loc_fn, or run NUTS from several points."
-    )
-
-
-def _number(value: Tensor) -> str:
-    """Format a site's value: a number, or the first few of several."""
-    flat = value.flatten().tolist()
-    numbers = ", ".join(f"{number:.3g}" for number in flat[:SHOWN_NUMBERS])
-    return numbers if value.dim() == 0 else f"({numbers}{', ...' if len(flat) > SHOWN_NUMBERS else ''})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_000, **kwargs: object) -> Diagnosis:

@@ -8,7 +8,7 @@ of wide normals around the guide's show whether it is the peak of something much
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from pyro_maf.infer.start.ascent import Ascents
 from pyro_maf.infer.start.initialization import best_normal
 from pyro_maf.infer.start.normal import Normal, truncated
 
-__all__ = ["POOL", "Region", "missed_modes", "why_no_search"]
+__all__ = ["LEAST", "POOL", "Region", "missed_modes", "missed_sentence", "percent", "places", "why_no_search"]
 
 POOL = 256
 """Number of candidate starting points of each kind: draws of the prior, and points uniform in unconstrained space."""
@@ -35,8 +35,9 @@ EXAMINED = 3
 DRAWS = 512
 RADII = 3.0
 """Radius of a region: its squared value is this many standard deviations above the mean for draws of a normal."""
-LEAST = 0.05
-"""Minimum share of the posterior that counts as missed."""
+LEAST, WIDER = 0.05, 0.2
+"""Minimum share of the posterior that counts as missed; and, for a mode with less, the fraction by which it raises a
+variance from which on it is reported, which is a tenth of a standard deviation."""
 SCALES = (3.0, 10.0, 30.0, 100.0)
 """Scales, relative to the guide's draws, at which their surroundings are searched."""
 LEAST_EFFECTIVE = 20
@@ -44,6 +45,8 @@ LEAST_EFFECTIVE = 20
 NEIGHBOURS = 10
 """An end is outside of the draws if its tenth nearest draw is farther away than that of nearly all draws."""
 COMPARED, NEARLY_ALL = 256, 0.99
+SHOWN_SITES, SHOWN_NUMBERS = 3, 3
+"""Maximum number of sites of a mode in a sentence, and of numbers per site."""
 
 
 class Region(NamedTuple):
@@ -62,10 +65,49 @@ class Region(NamedTuple):
     is_mode: bool
 
 
+def missed_sentence(regions: Sequence[Region]) -> str:
+    """Describe the regions that a guide has missed in one sentence."""
+    modes = [region for region in regions if region.is_mode]
+    share = percent(sum(region.share for region in modes or regions))
+    if not modes:
+        return (
+            f"The guide is too narrow: {share} of the posterior lies around its draws, such as {places(regions)}, "
+            "where their weights do not reach; give it more layers or steps, reparameterise the model, or run NUTS on "
+            "`neutra`."
+        )
+    return (
+        f"The guide misses {share} of the posterior, {places(modes)}: its draws and their weights know nothing of it; "
+        "fit another guide that starts there, by init_loc_fn, or run NUTS from several points."
+    )
+
+
+def places(regions: Sequence[Region]) -> str:
+    """Describe where regions are, by the values of the first sites in the largest."""
+    sites = list(regions[0].values.items())[:SHOWN_SITES]
+    near = "near" if len(regions) == 1 else f"at {len(regions)} places or more, the largest near"
+    return f"{near} {', '.join(f'{name} = {_number(value)}' for name, value in sites)}"
+
+
+def _number(value: Tensor) -> str:
+    """Format a site's value: a number, or the first few of several."""
+    flat = value.flatten().tolist()
+    numbers = ", ".join(f"{number:.3g}" for number in flat[:SHOWN_NUMBERS])
+    return numbers if value.dim() == 0 else f"({numbers}{', ...' if len(flat) > SHOWN_NUMBERS else ''})"
+
+
+def percent(share: float) -> str:
+    """Format a share in per cent."""
+    if share < 1e-3:
+        return f"{100 * share:.1g} %"
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
 def missed_modes(
     score: Score, draws: Tensor, log_evidence: float, starts: Tensor, sites: Callable[[Tensor], dict[str, Tensor]]
 ) -> list[Region]:
     """Return modes with a share of the posterior that a guide lacks, the largest first, or the share around its draws.
+
+    A mode with hardly any share is returned too if it is so far away that standard deviations depend on it.
 
     Args:
         score: Log joint density of latent vectors in nats, differentiable, for many rows at once.
@@ -88,11 +130,14 @@ def missed_modes(
             continue  # an ascent to a mode already seen that had not yet converged
         log_mass = _log_mass(score, normal)
         combined = float(torch.logaddexp(torch.tensor(total), torch.tensor(log_mass)))
-        if math.exp(log_mass - combined) - _fraction(draws, normal) > LEAST:
+        share = math.exp(log_mass - combined) - _fraction(draws, normal)
+        if share > LEAST or share * spread.wider(normal.loc) > WIDER:
             found.append((normal, log_mass))
             total = combined
-    if not found:
-        return _around(score, spread, total, sites)
+    if all(math.exp(log_mass - total) <= LEAST for _, log_mass in found) and (
+        around := _around(score, spread, total, sites)
+    ):
+        return around
     with torch.no_grad():
         modes = [
             Region(sites(loc), float(score(loc[None])), math.exp(mass - total), bool(spread.is_outside(loc[None])))
@@ -177,6 +222,10 @@ class _Spread:
     def is_outside(self, points: Tensor) -> Tensor:
         """Test whether points, (points, D), are farther from the draws than these are from each other; boolean."""
         return self._to_draws(self.scaled(points), 0) > self._usual
+
+    def wider(self, loc: Tensor) -> float:
+        """Squared distance of a mode outside of the draws, in deviations: with its share, what it adds to variances."""
+        return float(self.scaled(loc[None]).square().sum()) if self.is_outside(loc[None]) else 0.0
 
     def scaled(self, points: Tensor) -> Tensor:
         """Convert points, (points, D), to units of the draws, around their mean, in float64."""

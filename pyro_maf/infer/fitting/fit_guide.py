@@ -21,6 +21,7 @@ from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.progress import Bar, bar, check_progress
 from pyro_maf.infer.diagnosis.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.diagnosis.importance import Pair
+from pyro_maf.infer.diagnosis.missed_modes import LEAST
 from pyro_maf.infer.diagnosis.propriety import IMPROPER
 from pyro_maf.infer.fitting.convergence import BestWeights, Schedule
 from pyro_maf.infer.fitting.walk import Step, Walk, can_walk
@@ -241,7 +242,7 @@ def fit_guide(
 
 def _covers_missed(guide: Guide, diagnosis: Diagnosis, call: Call) -> bool:
     """Add the modes that the diagnosis finds missing to a guide of this package; return True if any were added."""
-    modes = [region.values for region in diagnosis.missed if region.is_mode]
+    modes = [region.values for region in diagnosis.missed if region.is_mode and region.share > LEAST]
     return isinstance(guide, AutoFlow) and guide.cover(modes, call)
 
 
