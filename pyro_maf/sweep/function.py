@@ -15,8 +15,9 @@ from torch._C._functorch import unwrap_if_dead
 
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import gradients, is_intercepted
+from pyro_maf.sweep.builder import UnfitError
 from pyro_maf.sweep.kernels import kernels, loaded
-from pyro_maf.sweep.layout import Array, Step, Triangular, UnfitError
+from pyro_maf.sweep.layout import Array, Step, Triangular
 from pyro_maf.sweep.program import Pack, Program, Programs, Reading, is_ordinary
 from pyro_maf.sweep.threads import in_parts
 from pyro_maf.sweep.torch_engine.layers import at_once, one_by_one, together, triangular

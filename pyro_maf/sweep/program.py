@@ -14,8 +14,9 @@ from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
+from pyro_maf.sweep.builder import TableBuilder, gain_of, map_of
 from pyro_maf.sweep.kernels import loaded
-from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, gain_of, map_of
+from pyro_maf.sweep.layout import LANES, MAPS, Array, Step, Triangular
 
 __all__ = ["Program", "Programs", "Reading", "is_ordinary"]
 
@@ -141,17 +142,17 @@ class Program:
     """
 
     def __init__(self, reading: Reading, steps: Sequence[Step | Triangular], dim: int, context_dim: int) -> None:
-        layout = Layout(dim, context_dim, reading.tensors)
+        builder = TableBuilder(dim, context_dim, reading.tensors)
         for step in steps:
-            layout.add(step)
+            builder.add(step)
         self.reading = reading._replace(tensors=[])
         self.dim, self.context_dim = dim, context_dim
-        self.tables = layout.tables()
+        self.tables = builder.tables()
         sizes = [tensor.numel() for tensor in reading.tensors]
         self.of_weights = [place for place, tensor in enumerate(reading.tensors) if tensor.dim() > 1]
         self.size, self.offsets = sum(sizes), np.cumsum([0, *sizes])
         self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
-        self.num_weights, self.num_biases = layout.weights, layout.biases
+        self.num_weights, self.num_biases = builder.weights, builder.biases
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
         self.every_matrix = np.ones(len(self.tables.matrices), bool)
