@@ -8,7 +8,7 @@ import math
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -150,16 +150,15 @@ class MappedRows:
             training.weights = None
         share = min(1.0, MOST_SAMPLED / ((1 - fraction) * len(self.data)))
         blocks = [training._divided(start, share) for start in self.starts]
-        training.sizes = [block.size for block in blocks]
-        training._sample = _joined([block.sample for block in blocks])
-        held_out = _joined([block.held_out for block in blocks])
+        aside, places, sample, training.sizes = map(list, zip(*blocks, strict=True))
+        held_out, training._sample = _joined(aside), _joined(sample)
         if held_out.weights is not None:
             total = survey.total_weight - float(held_out.weights.sum())
             self._reader.check_some_weight(total)
             training._weight_factor = sum(training.sizes) / total
         # The copies of a row are counted either all or not at all.
         repeats = 0 if by_chance else round(len(self.data) * (1 - len(hashes) / max(1, copies.sum())))
-        return Split(training, held_out, torch.cat([block.places for block in blocks]), repeats)
+        return Split(training, held_out, torch.cat(places), repeats)
 
     def _survey(self, fraction: float, seed: int) -> _Survey:
         """Read and check every row once."""
@@ -173,13 +172,17 @@ class MappedRows:
         self._reader.check_varying(_joined(survey.extremes))
         return survey
 
-    def _divided(self, start: int, share: float) -> _Divided:
-        """Divide the block that starts at row `start`, and sample a share of its training rows."""
+    def _divided(self, start: int, share: float) -> tuple[Rows, Tensor, Rows, int]:
+        """Divide the block that starts at row `start`.
+
+        Returns:
+            Validation rows and their indices in the table, a share of the training rows, and the number of these.
+        """
         rows = self._whole(start)
         aside = self._choice.mask(start, rows)
         rest = rows.take(~aside)
         sample = rest.take(self._choice.shuffled(start, rest)[: math.ceil(share * len(rest.data))])
-        return _Divided(rows.take(aside), start + aside.nonzero()[:, 0], sample, len(rest.data))
+        return rows.take(aside), start + aside.nonzero()[:, 0], sample, len(rest.data)
 
     def _whole(self, start: int) -> Rows:
         return self.take(slice(start, start + self.block))
@@ -193,21 +196,6 @@ class MappedRows:
             self._reader.at(range(start, start + self.block)).check_rounded(rows, self._density)
         rows = rows.take(~aside)
         return rows if rows.weights is None else rows._replace(weights=rows.weights * self._weight_factor)
-
-
-class _Divided(NamedTuple):
-    """A block of rows, divided.
-
-    Attributes:
-        held_out, places: Validation rows, and their indices in the table.
-        sample: Some of the training rows.
-        size: Number of training rows.
-    """
-
-    held_out: Rows
-    places: Tensor
-    sample: Rows
-    size: int
 
 
 @dataclass
