@@ -204,7 +204,8 @@ class FlowEstimator(ConditionalDensityEstimator):
         sizes = rows.shape[1], flat.shape[-2]
         if sizes[0] != sizes[1] and 1 not in sizes:
             raise ValueError(
-                f"FlowEstimator expected as many inputs as conditions, or one of either, got {sizes[0]} and {sizes[1]}."
+                f"FlowEstimator expected as many inputs as conditions, or one of either, got {sizes[0]} and {sizes[1]} "
+                "(sbi's FMPE and NPSE train a vector field, not a density)."
             )
         return rows.expand(-1, max(sizes), -1), flat
 

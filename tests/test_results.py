@@ -358,3 +358,18 @@ def test_frames_of_other_libraries_have_their_names() -> None:
     result = fit(table, max_epochs=1, progress=False)
     assert list(result.sample(2).columns) == ["low", "high"]
     torch.testing.assert_close(result.score(table.select(["high", "low"])), result.score(columns))
+    other_order = table.select(["high", "low"])
+    torch.testing.assert_close(result.density.log_prob(other_order), result.score(columns))
+    given = fit(columns["low"][:, None] ** 2, context=table, max_epochs=1, progress=False)
+    noise = given.density.condition(columns).noise(torch.zeros(60, 1))
+    torch.testing.assert_close(given.density.condition(other_order).noise(torch.zeros(60, 1)), noise)
+
+
+def test_series_of_other_libraries_may_be_texts() -> None:
+    """For pyarrow; polars has the same method."""
+    data, texts = np.random.default_rng(0).normal(size=(60, 1)), 30 * ["left", "right"]
+    expected = fit(data, context=pd.Series(texts), max_epochs=1, progress=False)
+    result = fit(data, context=pyarrow.array(texts), max_epochs=1, progress=False)
+    scores = [each.score(data[:2], pyarrow.array(["right", "left"])) for each in (expected, result)]
+    torch.testing.assert_close(*scores)
+    assert result.sample(3, pyarrow.array(["left"])).shape == (3, 1)

@@ -199,6 +199,8 @@ def test_bad_arguments_are_refused() -> None:
         posterior_nn(**TINY)(theta, x[:, 0])
     with pytest.raises(TypeError, match="is a density, for sbi's NPE and NLE"):
         posterior_nn("maf", **TINY)(theta, x)([theta, x])
+    with pytest.raises(ValueError, match="FMPE and NPSE train a vector field"):  # which begin with such a call
+        posterior_nn("maf", **TINY)(theta, x).log_prob(theta, x[:2])
     with pytest.raises(
         TypeError, match="posterior_nn builds flows: NPE_A, which passes num_components, trains a mixture"
     ):

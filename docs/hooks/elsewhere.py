@@ -48,9 +48,10 @@ def _linked(text: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Redirect links to repository files to their copies; rank API and changelog last in search."""
-    if page.file.src_uri.startswith(("api/", "changelog")):
-        page.meta["search"] = {"boost": 0.1}
+    """Redirect links to repository files to their copies; rank recipes first in search, API and changelog last."""
+    for start, boost in (("how-to/", 3), ("api/", 0.1), ("changelog", 0.1)):
+        if page.file.src_uri.startswith(start):
+            page.meta["search"] = {"boost": boost}
     markdown = markdown.replace("](../README.md", "](index.md")
     for picture in PICTURES:
         markdown = markdown.replace(f"(../{picture})", f"(assets/{Path(picture).name})")

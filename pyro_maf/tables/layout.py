@@ -26,6 +26,7 @@ __all__ = [
     "FloatArray",
     "Layout",
     "TableLike",
+    "as_pandas",
     "is_frame",
     "is_indexed",
     "listed_names",
@@ -217,6 +218,7 @@ class Layout(NamedTuple):
 
     def _one_row(self, value: TableLike) -> TableLike:
         """Convert a row of a frame, or a dictionary of single numbers, to a one-row table; return others unchanged."""
+        value = as_pandas(value)
         if isinstance(value, Mapping):
             if not any(_shape(entry) for entry in value.values()):
                 return {name: _one_entry(entry) for name, entry in value.items()}
@@ -225,6 +227,7 @@ class Layout(NamedTuple):
             and not is_frame(value)
             and self.names
             and set(self.labels) <= {str(label) for label in value.index}
+            and (value.name is not None or self.labels != ["0"])  # the column that a series without a name becomes
         ):
             return value.to_frame().T.infer_objects()
         return with_frame(value)
@@ -281,6 +284,12 @@ def is_frame(value: object) -> TypeGuard[DataFrame]:
 def is_indexed(value: object) -> TypeGuard[Series[Any]]:
     """Return whether a value is a series or a data frame, whose rows have labels."""
     return hasattr(value, "iloc")
+
+
+def as_pandas(value: T) -> T:
+    """Convert a frame or series of another library, such as polars or pyarrow, to pandas; return others unchanged."""
+    is_table = hasattr(value, "columns") or (getattr(value, "ndim", 1) == 1 and not isinstance(value, Mapping))
+    return value.to_pandas() if is_table and hasattr(value, "to_pandas") else value
 
 
 def with_frame(value: T) -> T:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
 from pyro_maf.tables.categories import categories_of
-from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, is_frame, listed_names, with_frame
+from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, as_pandas, is_frame, listed_names, with_frame
 from pyro_maf.tables.reader import LEAST_ROWS, Labels, check_paired
 from pyro_maf.tables.table import Table
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 __all__ = ["NamedRows", "named_rows"]
-
-T = TypeVar("T")
 
 
 class NamedRows(NamedTuple):
@@ -175,7 +173,7 @@ def named_rows(
         ValueError: For a context or weights in addition to those of a `Table`, for an unknown name, and for columns
             with the same name.
     """
-    data, context = _with_names(data), None if context is None else _with_names(context)
+    data, context = as_pandas(data), as_pandas(context)
     if not isinstance(data, Table):
         _check_differ(who, f"{role}data", data)
         _check_differ(who, f"{role}context", context)
@@ -240,12 +238,6 @@ def _check_differ(who: str, role: str, value: TableLike | None) -> None:
             f"{who} expected {role} whose columns have names that differ, got {count} columns {name!r}: rename or drop "
             "all but one."
         )
-
-
-def _with_names(table: T) -> T:
-    """Convert a frame of another library, such as polars or pyarrow, to pandas; return others unchanged."""
-    convert: Callable[[], T] | None = getattr(table, "to_pandas", None) if hasattr(table, "columns") else None
-    return table if convert is None else convert()
 
 
 def _array(column: object) -> NDArray[Any]:
