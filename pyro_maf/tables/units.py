@@ -119,6 +119,7 @@ def units_of(moments: Moments, table: Tensor, weights: Tensor | None = None) -> 
     thousand rows, again for each column if the likelihood falls, and four mixtures of 500 rows, half a second.
 
     Example:
+        >>> from pyro_maf.tables.moments import moments_of
         >>> rows = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
         >>> rows[:, 1] /= rows[:, 2]  # Cauchy
         >>> units = units_of(moments_of(rows), rows)
