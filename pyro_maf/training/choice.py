@@ -130,20 +130,25 @@ def choose(
     return Choice(model, rows, _support(model, support, len(levels), levels), levels, net=net)
 
 
-def _angles(rows: NamedRows, support: SupportLike | None, levels: Sequence[object]) -> list[int]:
+def _requested(rows: NamedRows, support: SupportLike | None) -> Support:
+    """The requested support of all columns, real by default."""
+    return Support("fit", "real" if support is None else support, number_of_columns("fit", "data", rows.data))
+
+
+def _angles(support: Support, levels: Sequence[object]) -> list[int]:
     """Indices of the columns of angles among the numeric columns."""
-    if support is None:
-        return []
-    width = number_of_columns("fit", "data", rows.data)
-    angles = Support("fit", support, width).angles
-    numeric = [column for column in range(width) if not (levels and levels[column])]
-    return [place for place, column in enumerate(numeric) if column in angles]
+    if not any(levels):
+        return list(support.angles)
+    numeric = [column for column, level in enumerate(levels) if not level]
+    return [place for place, column in enumerate(numeric) if column in support.angles]
 
 
 def _around_flow(model: Model, rows: NamedRows, support: SupportLike | None, seed: int) -> Model:
     """The density of angles around a flow of the other columns, or the model itself if there are no angles."""
     inner = cast("Flow | Density", getattr(model, "unwrapped", model))
-    angles = [] if isinstance(inner, Density) and inner.angles else _angles(rows, support, rows.layout.categories)
+    if support is None or (isinstance(inner, Density) and inner.angles):
+        return model
+    angles = _angles(_requested(rows, support), rows.layout.categories)
     if not angles or isinstance(model, FITTED):
         return model
     expected = number_of_columns("fit", "data", rows.data) - len(rows.layout.in_categories) - len(angles)
@@ -199,13 +204,12 @@ def _without_model(
     seed: int,
 ) -> Choice:
     """The default model of the columns that are not categorical."""
-    width = number_of_columns("fit", "data", rows.data)
+    width, requested = number_of_columns("fit", "data", rows.data), _requested(rows, support)
     levels = _levels(rows) if rows.layout.in_categories else [None] * width
     named: list[int] = []
     if dequantise and not is_mapped(rows.data):
-        on = Support("fit", "real" if support is None else support, width)
         found = few_values(numbers("fit", "data", rows.data).reshape(-1, width))
-        found = [level if on.name_of(column) == "real" else None for column, level in enumerate(found)]
+        found = [level if requested.name_of(column) == "real" else None for column, level in enumerate(found)]
         both = [level or other for level, other in zip(levels, found, strict=True)]
         if not all(both):
             named = [i for i, level in enumerate(levels) if level is None and both[i] is not None]
@@ -213,8 +217,11 @@ def _without_model(
     context = _number_of_features(rows, net)
     one_hot = sum(len(level) for level in levels if level is not None)
     count = sum(level is None for level in levels)
-    dim = count - _is_simplex(count, support if count == width else None)
-    angles = _angles(rows, support, levels)
+    is_simplex = count == width and requested.event_size > width
+    if is_simplex and count < 2:
+        raise ValueError(f"fit expected data with at least 2 columns for a simplex, got {count}.")
+    dim = count - is_simplex
+    angles = _angles(requested, levels)
     flow, recipe = default_model(
         max(1, dim - len(angles)),
         number_of_rows(rows.data),
@@ -352,15 +359,3 @@ def default_model(
         joins=not default.has_rsample,
     )
     return model, recipe
-
-
-def _is_simplex(columns: int, support: SupportLike | None) -> bool:
-    """Return whether the columns are on a simplex.
-
-    Raises:
-        ValueError: For a simplex with a single column.
-    """
-    is_simplex = support is not None and Support("fit", support, columns).event_size > columns
-    if is_simplex and columns < 2:
-        raise ValueError(f"fit expected data with at least 2 columns for a simplex, got {columns}.")
-    return is_simplex
