@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_maf.distributions import FlowPrior, TableDensity
 from pyro_maf.tables import MappedRows, Rows
-from pyro_maf.tables.reader import Labels, Reader
+from pyro_maf.tables.reader import Reader
 
 __all__ = ["Aside", "divide", "fractions_of", "without_far_rows"]
 
@@ -98,18 +98,19 @@ def divide(
 
 
 def without_far_rows(
-    aside: Aside, prior: FlowPrior | TableDensity, reach: Tensor, labels: Labels, role: str
+    aside: Aside, prior: FlowPrior | TableDensity, reach: Tensor, reader: Reader, role: str
 ) -> tuple[Aside, list[str]]:
-    """Drop held-out rows beyond a standardised distance in any column; also return a message about them, if any.
+    """Round held-out rows, and drop those beyond a standardised distance in any column, with a message if there are.
 
     The log-likelihood of one such row would outweigh all others, and determine the epoch or the score.
     """
+    aside = aside.rounded_for(prior, reader)
     far = (prior.standardised(aside.rows.data).abs() > reach).any(1)
     if aside.places is None or far.all() or not far.any():
         return aside, []
     line = (
         f"fit left {int(far.sum()):,} of the {role} rows out, the first of them "
-        f"{labels.row(int(aside.places[far].min()))}: so far from the bulk, one would outweigh all others "
+        f"{reader.labels.row(int(aside.places[far].min()))}: so far from the bulk, one would outweigh all others "
         f"in the {'choice of the best epoch' if role == 'validation' else 'mean'}. Look at them, and pass rows that "
         "should count as validation=."
     )

@@ -192,19 +192,12 @@ def prepare(
         ValueError, TypeError: As in `fit`.
     """
     generator = torch.Generator().manual_seed(seed)
-    model, source, support, levels, named, recipe, _ = choice
+    model, source, support, _, named, recipe, _ = choice
     fraction, separate = _validation(choice, validated, weights)
     reader = _reader(choice, source)
-    rows = rows_of(source.data, source.context, reader, source.weights)
+    rows, kinds = _read(choice, reader, separate[0] if separate else None, dequantise=dequantise)
     tested = 0.0 if separate and tested is None else tested
     fractions = fractions_of(fraction, tested, len(rows.data), starts=recipe.starts)
-    if isinstance(rows, Rows):
-        # Here, a density with its own units may lack a category of its context.
-        of_draws = source.layout.form == "dict"
-        reader.check_training(rows, of_context=not isinstance(model, FITTED), of_draws=of_draws)
-    kinds = Kinds(tuple(levels))
-    if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
-        kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
     training, validation, test, repeats = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
     sample = training.sample()
     of_data, of_context = sample.moments(support, together=len(choice.context_shape) > 1)
@@ -228,12 +221,8 @@ def prepare(
     ]
     if isinstance(rows, Rows):
         reader.check_rounded(rows.rounded_for(prior), prior)
-    asides = []
-    for role, part in (("validation", validation), ("test", test)):
-        aside, omissions = without_far_rows(part.rounded_for(prior, reader), prior, reach, reader.labels, role)
-        asides.append(aside)
-        warnings += omissions
-    validation, test = asides
+    validation, of_validation = without_far_rows(validation, prior, reach, reader, "validation")
+    test, of_test = without_far_rows(test, prior, reach, reader, "test")
     if separate is not None:
         validation = Aside(separate[0], None).rounded_for(prior, separate[1])
     return Prepared(
@@ -246,8 +235,23 @@ def prepare(
         repeats=repeats,
         units=units,
         generator=generator,
-        warnings=warnings,
+        warnings=[*warnings, *of_validation, *of_test],
     )
+
+
+def _read(
+    choice: Choice, reader: Reader, validation: Rows | None, *, dequantise: bool
+) -> tuple[Rows | MappedRows, Kinds]:
+    """The rows, checked, and the kinds of their columns, also those of separate validation rows."""
+    source, is_new = choice.source, not isinstance(choice.model, FITTED)
+    rows = rows_of(source.data, source.context, reader, source.weights)
+    if isinstance(rows, Rows):
+        # Here, a density with its own units may lack a category of its context.
+        reader.check_training(rows, of_context=is_new, of_draws=source.layout.form == "dict")
+    kinds = Kinds(tuple(choice.levels))
+    if dequantise and not isinstance(choice.model, (FlowPrior, ConditionalFlowPrior)):
+        kinds = kinds._replace(grids=grids_of(rows, validation, choice.support, choice.levels))
+    return rows, kinds
 
 
 @torch.no_grad()
