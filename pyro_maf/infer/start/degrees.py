@@ -1,9 +1,12 @@
-"""Initial degrees of centring of a guide's coordinates, and a diagonal normal in these coordinates."""
+"""Initial degrees of centring of a guide's coordinates, and a diagonal normal in these coordinates.
+
+The degree of an entry is the data's share of its precision, d = p / (1 + p), where p is the precision of the data about
+it given all other coordinates, in units of the prior's. Precisions are those of Hessians at draws of the normal.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -72,7 +75,7 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
 
 
 def _moved(update: Callable[[Tensor], Tensor], score: Score, draws: Tensor, place: Tensor) -> Tensor:
-    """Update the degrees from draws; return location and log-scale of the draws in the new coordinates."""
+    """Update the degrees from draws; return their new location and log-scale, or `place` where that fails."""
     try:
         # The data's contribution to the precision of a smooth process is a millionth of it.
         is_wide = in_double(score, draws[0]) is not None
@@ -96,7 +99,7 @@ def _fix_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: 
     with torch.no_grad():
         priors = coordinates.priors(latents, values, call)
         slopes = {name: coordinates.slope(latents.parts[name], prior) for name, prior in priors.items()}
-        along = _Precision(latents, slopes, gradient, product).along
+        along = partial(_precision_along, latents, slopes, gradient, product)
         matrices = {name: prior for name, prior in priors.items() if prior.scale.is_matrix}
         shares = _shares({name: prior for name, prior in priors.items() if name not in matrices}, along)
         precisions = _precisions(matrices, along)
@@ -125,32 +128,25 @@ def _by_entry(latents: Latents, vectors: Tensor) -> Tensor:
     return entries
 
 
-@dataclass(frozen=True)
-class _Precision:
-    """Precision of sites given all other coordinates, at draws.
+def _precision_along(
+    latents: Latents,
+    slopes: Mapping[str, Scale],
+    gradient: Tensor,
+    product: Callable[[Tensor], Tensor],
+    directions: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Products of directions of some sites, (draws, *site), with their precision given all other coordinates.
 
-    Attributes:
-        latents: The layout of the latent vector.
-        slopes: dv/dc of each site.
-        gradient, product: Gradient of the log-density, (draws, D), and products of vectors with minus its Hessian.
+    They are products of coordinates with minus the Hessian of the log-density, divided by dv/dc on either side.
     """
-
-    latents: Latents
-    slopes: Mapping[str, Scale]
-    gradient: Tensor
-    product: Callable[[Tensor], Tensor]
-
-    def along(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Products of the precision with directions of some sites, (draws, *site)."""
-        draws = len(self.gradient)
-        vectors = self.gradient.new_zeros(draws, len(self.latents.idle))
-        for name, direction in directions.items():
-            vectors[:, _span(self.latents, name)] = self.slopes[name].solve(direction).reshape(draws, -1)
-        image = _by_entry(self.latents, self.product(vectors[:, ~self.latents.idle]))
-        return {
-            name: self.slopes[name].transposed_solve(image[:, _span(self.latents, name)].reshape(direction.shape))
-            for name, direction in directions.items()
-        }
+    vectors = gradient.new_zeros(len(gradient), len(latents.idle))
+    for name, direction in directions.items():
+        vectors[:, _span(latents, name)] = slopes[name].solve(direction).reshape(len(gradient), -1)
+    image = _by_entry(latents, product(vectors[:, ~latents.idle]))
+    return {
+        name: slopes[name].transposed_solve(image[:, _span(latents, name)].reshape(direction.shape))
+        for name, direction in directions.items()
+    }
 
 
 def _signs(like: Tensor) -> Tensor:
