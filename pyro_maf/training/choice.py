@@ -43,6 +43,9 @@ WIDTH = 128
 """Minimum number of units in a hidden layer; a step with 64 takes nearly as long."""
 LAYERS, MANY_ROWS = (2, 3, 5), 5_000
 """Numbers of layers: with a mixture as base, with fewer rows than this, and with more."""
+FEW_ROWS_ACTIVATION, MANY_ROWS_ACTIVATION = "relu", "silu"
+"""Networks with kinks learn the clusters and repeated values of a small table sooner; with many rows, smooth networks
+end at a higher density of smooth columns."""
 BINS, FEW_BINS, WIDE = 8, 4, 40
 """Number of columns from which on layers have half the bins, and there are at most three: their last product, with
 3 K + 1 outputs per column, takes most of the time. With few rows, the bins are halved from half as many columns on,
@@ -325,10 +328,11 @@ def default_model(
     # Without a context, the networks of a single column have no inputs.
     sees_others = columns > 1 or context_dim > 0
     starts = sees_others and rows <= MIXTURE_ROWS and not default.has_rsample
+    has_many_rows = rows >= MANY_ROWS
     num_layers = default.num_layers
     if num_layers is None:
-        num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
-    univariate = Spline(num_bins=BINS if columns < (WIDE / 2 if rows < MANY_ROWS else WIDE) else FEW_BINS)
+        num_layers = LAYERS[0 if starts else 2 if has_many_rows and columns < WIDE else 1]
+    univariate = Spline(num_bins=BINS if columns < (WIDE if has_many_rows else WIDE / 2) else FEW_BINS)
     if not sees_others:
         hidden_dims: Sequence[int] = ()
     elif default.hidden_dims is None:
@@ -343,6 +347,7 @@ def default_model(
             context_dim=context_dim,
             univariate=univariate,
             hidden_dims=hidden_dims,
+            activation=MANY_ROWS_ACTIVATION if has_many_rows else FEW_ROWS_ACTIVATION,
             linear=sees_others and not starts,
         )
     like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
