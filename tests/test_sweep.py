@@ -324,7 +324,9 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[subprocess.Popen[str]]:
     """An interpreter with torch and pyro imported, which runs code in forks of itself: they need not import these."""
-    command, environment = [sys.executable, "-c", FORKS], {**os.environ, "PYRO_MAF_KERNEL": ""}
+    threads_are_meant = "ignore:This process:DeprecationWarning"  # of Python from 3.12 on, at a fork with threads
+    command = [sys.executable, "-W", threads_are_meant, "-c", FORKS]
+    environment = {**os.environ, "PYRO_MAF_KERNEL": ""}
     pipe, root = subprocess.PIPE, Path(__file__).parent.parent
     with subprocess.Popen(command, cwd=root, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
         yield process
