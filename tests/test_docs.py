@@ -117,6 +117,7 @@ def commands(page: Path) -> list[tuple[list[str], list[str]]]:
 def gist(line: str) -> str:
     """A line without numbers, table widths and the reason why a fit stopped, which depend on rounding."""
     line = re.sub(r"stopped: .*?\. See", "stopped: #. See", line)
+    line = re.sub(r"^stopped +.*, after", "stopped #, after", line)
     return " ".join(re.sub("─+", "─", NUMBER.sub("#", line)).split())
 
 
