@@ -44,9 +44,9 @@ WIDTH = 128
 LAYERS, MANY_ROWS = (2, 3, 5), 5_000
 """Numbers of layers: with a mixture as base, with fewer rows than this, and with more."""
 SMOOTH_ROWS = 2_000
-"""Number of rows from which on networks have SiLU units, without a context; with one, from `MANY_ROWS` on. They end at a
-higher density, by several nats if there are many columns. With fewer rows, ReLU networks learn repeated values, clusters
-and regressions sooner."""
+"""Number of rows from which on networks have SiLU units, without a context; with one, from `MANY_ROWS` on. They end at
+a higher density, by several nats if there are many columns. With fewer rows, ReLU networks learn repeated values,
+clusters and regressions sooner."""
 BINS, FEW_BINS, WIDE = 8, 4, 40
 """Number of columns from which on layers have half the bins, and there are at most three: their last product, with
 3 K + 1 outputs per column, takes most of the time. With few rows, the bins are halved from half as many columns on,
