@@ -36,8 +36,8 @@ EVEN = 0.95
 FEW = 0.1
 """Fraction of effective draws below which a light tail only means that hardly any of it was sampled."""
 MORE, SURE = 10, 2
-"""Factor by which the number of draws is raised if k-hat is not `SURE` standard errors below `GOOD` or above `USABLE`,
-which halves its error, unless the weights hardly differ: then the grade does not depend on it."""
+"""Factor by which the number of draws is raised if k-hat is not `SURE` standard errors below `GOOD` or above `USABLE`.
+That halves the error of k-hat, which is too large if weights hardly differ and few draws are in their tail."""
 CANDIDATES = 4
 """Number of weighted draws for each draw that `reweight` returns."""
 
@@ -144,7 +144,7 @@ class Diagnosis:
                 return "The weights are equal, so the guide is good: it is the posterior, as far as its draws reach."
             case "good" if self.k_hat < GOOD:
                 return f"{k_hat} is good, and {share}: draws of this guide may be used as they are, or reweighted."
-            case "good" if not self.are_even:
+            case "good" if not self._are_even:
                 return f"The guide is good: {share}, so that its draws may be used as they are, or reweighted."
             case "good":
                 return (
@@ -182,7 +182,7 @@ class Diagnosis:
         return self._most_misplaced <= MISPLACED
 
     @property
-    def are_even(self) -> bool:
+    def _are_even(self) -> bool:
         """True if the weights hardly differ, so that the shape of their tail does not matter."""
         return self.ess > EVEN * self.num_samples
 
@@ -201,7 +201,7 @@ class Diagnosis:
     @property
     def can_be_reweighted(self) -> bool:
         """True if `reweight` is reliable: k-hat is below 0.7, or the weights are about equal."""
-        return self.k_hat < USABLE or self.are_even
+        return self.k_hat < USABLE or self._are_even
 
     def __repr__(self) -> str:
         if self.reason:
@@ -210,7 +210,7 @@ class Diagnosis:
         evidence = ""
         if self.can_be_reweighted and math.isfinite(self.log_evidence):
             evidence = f", log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}"
-        is_read = math.isfinite(self.k_hat) and not (self.are_even and self.k_hat >= USABLE)
+        is_read = math.isfinite(self.k_hat) and not (self._are_even and self.k_hat >= USABLE)
         k_hat = f", k-hat {self.k_hat:.2f} +- {self.k_hat_se:.2f}" if is_read else ""
         return (
             f"Diagnosis(ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} nats{evidence}, effective sample size "
@@ -232,8 +232,8 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     Args:
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or your own.
-        num_samples: Number of draws to weight; up to ten times as many, in one run of the model, if the grade depends
-            on k-hat and that is within two standard errors of 0.5 to 0.7.
+        num_samples: Number of draws to weight; up to ten times as many, in one run of the model, if k-hat is within two
+            standard errors of 0.5 to 0.7.
         *args, **kwargs: Arguments of model and guide.
 
     Returns:
@@ -266,7 +266,7 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
         pair = _pair("diagnose", Call(model, args, kwargs), guide)
         weighted, _, diagnosis = _diagnosed_draws(pair, num_samples)
         margin, more = SURE * diagnosis.k_hat_se, min(MORE * num_samples, pair.most_at_once)
-        if GOOD - margin < diagnosis.k_hat < USABLE + margin and more > num_samples and not diagnosis.are_even:
+        if GOOD - margin < diagnosis.k_hat < USABLE + margin and more > num_samples:
             diagnosis = _diagnosed_draws(pair, more).diagnosis
         search = pair.modes(weighted, diagnosis.log_evidence)
         return replace(diagnosis, missed=search.regions, unsearched=search.obstacle)
