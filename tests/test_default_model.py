@@ -45,6 +45,15 @@ def test_the_default_depends_on_rows_and_columns() -> None:
     assert widths == [(128, 128), (160, 160)]
 
 
+@pytest.mark.parametrize(
+    ("rows", "context_dim", "activation"),
+    [(1999, 0, "relu"), (2000, 0, "silu"), (4999, 2, "relu"), (5000, 2, "silu")],
+)
+def test_networks_of_many_rows_are_smooth(rows: int, context_dim: int, activation: str) -> None:
+    model, _ = default_model(3, rows, context_dim, seed=0)
+    assert model.architecture["activation"] == activation
+
+
 def test_a_table_of_few_rows_starts_as_a_mixture_of_its_training_rows() -> None:
     rows = torch.randn(120, 2, generator=torch.Generator().manual_seed(0)) / 4
     rows += torch.tensor([[-3.0, 1.0], [3.0, 2.0]]).repeat(60, 1)

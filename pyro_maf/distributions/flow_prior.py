@@ -250,7 +250,7 @@ class FlowPrior(NamedDensity):
         return torch.where(outside, -torch.inf, self._log_density_inside(value, context))
 
     def _log_density_inside(self, value: Tensor, context: Tensor | None) -> Tensor:
-        context = None if context is None else self.features(context)
+        context = self._features(context)
         model: Flow | Density = self._modules["model"]  # type: ignore[assignment]  # as in `log_density`
         units: DataUnits = self._modules["units"]  # type: ignore[assignment]
         if not isinstance(model, Flow):  # quick to check, unlike a class of Pyro's distributions
